@@ -1,0 +1,274 @@
+"""Every noun a person may write down: the request and its parts. Fields carry their unit, range and reason; they become
+the form on the Prefect page. Frozen and closed: an unknown field is refused, a default is part of the identity.
+
+Endpoints and secrets are not here: they come from the standard environment names (`PREFECT_API_URL`,
+`MLFLOW_TRACKING_URI`, `AWS_ENDPOINT_URL`, ...). Nothing else is a setting.
+"""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stockpot.digests import short
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Uri = Annotated[str, Field(pattern=r"^(s3|file)://[^\s]+$|^/[^\s]*$")]
+
+
+class Closed(BaseModel):
+    """Frozen, and no field but the declared ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataSpec(Closed):
+    """What is read: snapshots, never globs."""
+
+    snapshot: Uri = Field(
+        description="A manifest (`s3://bucket/digits/snapshots/<digest>.json`), or a dataset (`s3://bucket/digits`), whose newest "
+        "snapshot is then pinned when the flow starts. Holds the splits train, held_out and gate."
+    )
+    test: Uri | None = Field(None, description="Snapshot read once, for the report; it never selects.")
+    shifts: dict[str, Uri] = Field(default_factory=dict, description="Shift suites, name to snapshot: reported and gated, never selecting.")
+    loader_workers: int = Field(0, ge=0, le=64, description="Processes that decode and augment for one trial. 0 decodes in the trial itself.")
+    skip_fraction: Fraction = Field(
+        0.0, description="Share of train samples that may be unreadable before the trial fails. held_out, gate and test allow none."
+    )
+
+
+class BaseSpec(Closed):
+    """The base model every trial starts from."""
+
+    arch: str = Field(
+        min_length=1,
+        description="An open_clip architecture (`ViT-B-32`), a timm one (`timm:vit_base_patch16_224`), or the URI of an open_clip JSON config.",
+    )
+    weights: str | None = Field(None, description="A pretrained tag of that architecture, or the URI of safetensors. None: random weights.")
+
+
+class InitSpec(Closed):
+    """The shared initialisation: body and head, built once and hashed. Only models with one init may be averaged."""
+
+    head: Literal["zero_shot", "linear_probe", "random"] = Field(
+        "linear_probe",
+        description="zero_shot: from the text tower. linear_probe: fitted on the train split's features to convergence, started from the "
+        "zero-shot head where there is a text tower. random: from the seed.",
+    )
+    templates: tuple[str, ...] = Field(
+        ("a photo of a {}.",), min_length=1, description="Prompt templates, `{}` is the class name; their embeddings are averaged."
+    )
+    seed: int = Field(0, ge=0, description="Seeds a random head or random base weights.")
+
+    @model_validator(mode="after")
+    def _templates_have_a_place(self) -> Self:
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"template {template!r} has no `{{}}` for the class name; write it like 'a photo of a {{}}.'")
+        return self
+
+
+class TrialSettings(Closed):
+    """Everything that may differ between the trials of a sweep. Defaults are the paper's (Wortsman et al. 2022, appendix J)."""
+
+    learning_rate: float = Field(2e-5, gt=0, lt=1, description="Peak learning rate, reached after the warm-up.")
+    weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay; biases and norms are exempt.")
+    epochs: int = Field(10, ge=1, le=10_000, description="Passes over the train split.")
+    batch_size: int = Field(512, ge=1, description="Images per optimiser step, over all devices of the trial.")
+    optimiser: Literal["adamw"] = Field("adamw", description="Update rule.")
+    schedule: Literal["cosine", "constant", "linear"] = Field("cosine", description="Learning rate after the warm-up: to zero, or held.")
+    warmup_steps: int = Field(500, ge=0, description="Steps of linear rise from zero; never more than a tenth of all steps.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+    mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta distribution; 0 switches it off.")
+    augmentation: str = Field(
+        "minimal",
+        min_length=1,
+        description="none, minimal (crop 90-100 %), medium, strong (RandAugment), a timm string such as `rand-m9-n2`, or `package.module:name` "
+        "of your own.",
+    )
+    clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
+    seed: int = Field(0, ge=0, description="Order of samples and augmentation of this trial.")
+
+
+class Choice(Closed):
+    """One of the values, each as likely."""
+
+    choice: tuple[Any, ...] = Field(min_length=1, description="The values to choose from.")
+
+
+class Uniform(Closed):
+    """A number between two bounds."""
+
+    uniform: tuple[float, float] = Field(description="Lowest and highest value.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.uniform
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(f"uniform [{low}, {high}] is impossible: the lowest value must come first and both be finite")
+        return self
+
+
+class LogUniform(Closed):
+    """A positive number whose logarithm is uniform."""
+
+    log_uniform: tuple[float, float] = Field(description="Lowest and highest value, both above 0.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.log_uniform
+        if not (0 < low <= high and math.isfinite(high)):
+            raise ValueError(f"log_uniform [{low}, {high}] is impossible: needs 0 < lowest <= highest")
+        return self
+
+
+class IntUniform(Closed):
+    """A whole number between two bounds, both included."""
+
+    int_uniform: tuple[int, int] = Field(description="Lowest and highest value.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.int_uniform
+        if low > high:
+            raise ValueError(f"int_uniform [{low}, {high}] is impossible: the lowest value must come first")
+        return self
+
+
+class Sometimes(Closed):
+    """One fixed value with some probability, else a draw."""
+
+    probability: Fraction = Field(description="Chance of the fixed value.")
+    value: Any = Field(description="The fixed value, such as 0 for switched off.")
+    otherwise: "Distribution" = Field(description="Drawn when the fixed value is not.")
+
+
+Distribution = Choice | Uniform | LogUniform | IntUniform | Sometimes
+
+
+class SweepSpec(Closed):
+    """Which trials are run."""
+
+    trials: int = Field(8, ge=1, le=1000, description="Number of trials. More trials later keep the ones already drawn.")
+    seed: int = Field(0, ge=0, description="The same request and seed draw the same trials on any machine.")
+    settings: TrialSettings = Field(default_factory=TrialSettings, description="What all trials share, where the space does not say otherwise.")  # type: ignore[arg-type]
+    space: dict[str, Distribution] = Field(
+        default_factory=dict,
+        description="A distribution for any field of the settings, such as `learning_rate: {log_uniform: [1e-6, 1e-4]}`. "
+        "Each trial gets its own `seed` unless the space draws it.",
+    )
+
+    @model_validator(mode="after")
+    def _space_names_settings(self) -> Self:
+        for name in self.space:
+            if name not in TrialSettings.model_fields:
+                raise ValueError(f"`{name}` is no trial setting; the space may draw {', '.join(sorted(TrialSettings.model_fields))}")
+        return self
+
+
+class SoupSpec(Closed):
+    """How ingredients become a soup."""
+
+    recipe: Literal["greedy", "uniform"] = Field("greedy", description="The recipe that ships. The other one is shown beside it.")
+    accept: Literal["improve", "not_worse"] = Field(
+        "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."
+    )
+
+
+class GateSpec(Closed):
+    """What a challenger must show to become champion. It is judged on the gate split, which nothing was selected on."""
+
+    gate_tolerance: Fraction = Field(0.0, description="Largest loss of gate accuracy against the champion that still passes.")
+    shift_tolerance: Fraction = Field(0.02, description="Largest loss of accuracy on any one shift suite that still passes.")
+
+
+class FanOutSpec(Closed):
+    """How trials are spread over workers. None of this changes a result, so none of it is part of a sweep's identity."""
+
+    deployment: str = Field("finetune/stockpot", description="The Prefect deployment that runs one trial.")
+    quorum: Fraction = Field(0.5, description="Share of the trials that must finish before a soup is cooked.")
+    deadline_s: int | None = Field(
+        None, ge=1, description="Seconds after which the soup is cooked from what finished; running trials are cancelled. None: wait for all."
+    )
+    attempts: int = Field(3, ge=1, le=20, description="How often a trial is started before it counts as failed. A trial that fails by its own "
+                          "fault (bad numbers, bad data) is not started again.")  # fmt: skip
+    retry_delay_s: int = Field(30, ge=1, le=3600, description="Seconds between a crash and the next attempt.")
+
+
+class RetrainRequest(Closed):
+    """One retraining: from pinned data to a registered soup."""
+
+    model: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Registered model, and MLflow experiment, that the soup becomes a version of."
+    )
+    store: Uri = Field(description="Prefix in object storage where Stockpot keeps inits and training states, such as `s3://stockpot/store`.")
+    data: DataSpec = Field(description="The snapshots to read.")
+    base: BaseSpec = Field(description="The base model.")
+    init: InitSpec = Field(default_factory=InitSpec, description="The shared start of all trials.")  # type: ignore[arg-type]
+    sweep: SweepSpec = Field(default_factory=SweepSpec, description="The trials.")  # type: ignore[arg-type]
+    soup: SoupSpec = Field(default_factory=SoupSpec, description="The recipe.")  # type: ignore[arg-type]
+    gate: GateSpec = Field(default_factory=GateSpec, description="The bar for promotion.")  # type: ignore[arg-type]
+    fan_out: FanOutSpec = Field(default_factory=FanOutSpec, description="Workers, retries and deadlines.")  # type: ignore[arg-type]
+
+
+class Preprocess(Closed):
+    """How an image becomes a model's input. Evaluation: decode to RGB, resize on uint8 with antialiasing, centre crop; then
+    (x / 255 - mean) / std on the device. Its digest stands beside every accuracy."""
+
+    size: int = Field(ge=1, le=4096, description="Side of the square input, in pixels.")
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    resize_mode: Literal["shortest", "squash"] = Field("shortest", description="Shorter side to `size` and centre crop, or both sides to `size`.")
+
+
+class PinnedSnapshot(Closed):
+    """A snapshot by address and content."""
+
+    uri: Uri = Field(description="Its manifest.")
+    digest: str = Field(description="sha256 of the manifest's canonical JSON.")
+
+
+class PinnedData(Closed):
+    """The request's data after pinning: every later step reads exactly these bytes."""
+
+    snapshot: PinnedSnapshot
+    test: PinnedSnapshot | None = None
+    shifts: dict[str, PinnedSnapshot] = Field(default_factory=dict)
+
+
+class Init(Closed):
+    """The shared initialisation: a folder in object storage with weights, model config and head."""
+
+    uri: Uri = Field(description="Folder holding `model.safetensors` and `model.json`.")
+    digest: str = Field(description="sha256 of the safetensors file: two trials are soupable only when this is equal.")
+
+
+class Trial(Closed):
+    """One fine-tuning, complete in itself: a worker needs nothing else but endpoints. Its id is a digest of what decides its result."""
+
+    id: str
+    sweep_id: str
+    model: str
+    index: int = Field(ge=0, description="Place in the sweep, from 0.")
+    settings: TrialSettings
+    snapshot: PinnedSnapshot
+    init: Init
+    store: Uri
+    loader_workers: int = 0
+    skip_fraction: float = 0.0
+
+
+class Sweep(Closed):
+    """A request after pinning and drawing: stored with the sweep in the ledger, so that `soup` needs only its id."""
+
+    id: str
+    request: RetrainRequest
+    data: PinnedData
+    init: Init
+    trials: tuple[Trial, ...]
+
+
+def sweep_id(request: RetrainRequest, data: PinnedData, init: Init) -> str:
+    """The id of a sweep: everything that decides its soup, nothing that only decides how it is run."""
+    return short([request.model, data, init.digest, request.sweep, request.soup])

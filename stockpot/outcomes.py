@@ -1,0 +1,105 @@
+"""What one step hands to the next: ids, counts and URIs, small enough to travel through Prefect and to be printed.
+Weights, logits and pixels never appear here; they lie in object storage under the ids."""
+
+from pydantic import Field
+
+from stockpot.config import Closed, TrialSettings
+
+
+class Accuracy(Closed):
+    """Top-1 accuracy as integer counts; the fraction is derived, never stored."""
+
+    correct: int = Field(ge=0)
+    seen: int = Field(gt=0)
+
+    @property
+    def value(self) -> float:
+        """The fraction in [0, 1]."""
+        return self.correct / self.seen
+
+
+class Ingredient(Closed):
+    """A finished trial, as the ledger knows it."""
+
+    trial_id: str
+    index: int
+    model_id: str = Field(description="MLflow LoggedModel that holds the weights, logits and card.")
+    mlflow_run_id: str
+    weights_sha256: str
+    init_digest: str
+    transform_digest: str = Field(description="Of the evaluation transform: accuracies with different digests are never compared.")
+    held_out: Accuracy
+    settings: TrialSettings
+    seconds: float
+
+
+class GreedyStep(Closed):
+    """One decision of the greedy recipe."""
+
+    trial_id: str
+    before: Accuracy | None = Field(description="The soup's held-out accuracy before; None for the first ingredient.")
+    after: Accuracy = Field(description="With this ingredient added.")
+    kept: bool
+    size: int = Field(description="Ingredients in the soup after the decision.")
+
+
+class Scores(Closed):
+    """One model on every split that was asked for."""
+
+    held_out: Accuracy
+    gate: Accuracy | None = None
+    test: Accuracy | None = None
+    shifts: dict[str, Accuracy] = Field(default_factory=dict)
+
+    @property
+    def shift_average(self) -> float | None:
+        """Plain mean over suites, as a fraction; None without suites."""
+        return sum(score.value for score in self.shifts.values()) / len(self.shifts) if self.shifts else None
+
+
+class TrialPoint(Closed):
+    """One trial in the picture: held-out accuracy against shift average."""
+
+    trial_id: str
+    index: int
+    scores: Scores
+    kept: bool
+
+
+class SoupReport(Closed):
+    """Everything a person or the gate needs to know of one cooked sweep."""
+
+    sweep_id: str
+    model: str
+    mlflow_run_id: str
+    recipe: str
+    soup_sha256: str = Field(description="sha256 of the shipped soup's safetensors file: the identity of the model version.")
+    init_digest: str
+    transform_digest: str
+    best_single: str = Field(description="Trial id of the highest held-out accuracy; ties go to the smaller id.")
+    ingredients: tuple[str, ...] = Field(description="Trial ids in the shipped soup, in the order they were added.")
+    steps: tuple[GreedyStep, ...]
+    scores: dict[str, Scores] = Field(description="Under `best_single`, `uniform` and `greedy`.")
+    trials: tuple[TrialPoint, ...]
+    excluded: dict[str, str] = Field(default_factory=dict, description="Trial id to the reason it was left out.")
+    seconds: float = 0.0
+
+
+class ModelVersion(Closed):
+    """A version in the registry, with the alias the gate gave it."""
+
+    model: str
+    version: int
+    alias: str | None = None
+    soup_sha256: str
+
+
+class GateDecision(Closed):
+    """Whether a challenger became champion, why, and the numbers behind it."""
+
+    promoted: bool
+    reason: str
+    champion_before: int | None = None
+    gate: dict[str, Accuracy] = Field(default_factory=dict, description="`champion` and `challenger` on the gate split.")
+    p_value: float | None = Field(None, description="Exact McNemar, two-sided, on the gate split.")
+    shifts: dict[str, dict[str, Accuracy]] = Field(default_factory=dict, description="Suite to `champion` and `challenger`.")

@@ -1,0 +1,93 @@
+"""Drawing trials. The same request and seed draw the same trials on any machine: every value comes from a generator keyed by
+(sweep seed, trial index, field), and is rounded to six significant digits so that no libm difference can change an id."""
+
+import math
+import random
+from typing import Any
+
+from pydantic import ValidationError
+
+from stockpot.config import (
+    Choice,
+    Distribution,
+    Init,
+    IntUniform,
+    LogUniform,
+    PinnedData,
+    RetrainRequest,
+    Sometimes,
+    Sweep,
+    SweepSpec,
+    Trial,
+    TrialSettings,
+    Uniform,
+    sweep_id,
+)
+from stockpot.digests import short
+from stockpot.errors import BadRequest
+
+
+def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
+    """The settings of every trial of a sweep, in order. Raises `BadRequest` when the space cannot give that many different trials."""
+    drawn: list[TrialSettings] = []
+    for index in range(spec.trials):
+        settings = _settings(spec, index)
+        if settings in drawn:
+            raise BadRequest(
+                f"Trial {index} of the sweep equals trial {drawn.index(settings)}: the space has fewer than {spec.trials} different trials. "
+                "Ask for fewer trials, or draw another field."
+            )
+        drawn.append(settings)
+    return tuple(drawn)
+
+
+def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
+    """The whole sweep: its id, and one self-contained `Trial` per draw, identified by what decides its result."""
+    sweep = sweep_id(request, data, init)
+    trials = tuple(
+        Trial(
+            id=short([settings, data.snapshot.digest, init.digest]),
+            sweep_id=sweep,
+            model=request.model,
+            index=index,
+            settings=settings,
+            snapshot=data.snapshot,
+            init=init,
+            store=request.store,
+            loader_workers=request.data.loader_workers,
+            skip_fraction=request.data.skip_fraction,
+        )
+        for index, settings in enumerate(draw(request.sweep))
+    )
+    return Sweep(id=sweep, request=request, data=data, init=init, trials=trials)
+
+
+def _settings(spec: SweepSpec, index: int) -> TrialSettings:
+    values = {"seed": spec.settings.seed + index}
+    for field, distribution in spec.space.items():
+        values[field] = _sample(distribution, random.Random(f"stockpot/{spec.seed}/{index}/{field}"))
+    try:
+        return TrialSettings.model_validate({**spec.settings.model_dump(), **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadRequest(
+            f"The space drew {first['input']!r} for `{first['loc'][0]}` of trial {index}: {first['msg']}. Narrow its distribution."
+        ) from error
+
+
+def _sample(distribution: Distribution, rng: random.Random) -> Any:
+    match distribution:
+        case Choice(choice=values):
+            return values[int(rng.random() * len(values))]
+        case Uniform(uniform=(low, high)):
+            return _rounded(low + (high - low) * rng.random())
+        case LogUniform(log_uniform=(low, high)):
+            return _rounded(math.exp(math.log(low) + (math.log(high) - math.log(low)) * rng.random()))
+        case IntUniform(int_uniform=(low, high)):
+            return low + int(rng.random() * (high - low + 1))
+        case Sometimes(probability=probability, value=value, otherwise=otherwise):
+            return value if rng.random() < probability else _sample(otherwise, rng)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
