@@ -17,6 +17,7 @@ StockpotError                    a stated failure: the command line prints the m
 ├── IngredientMismatch           weights that may not be averaged
 ├── TooFewIngredients            fewer finished trials than the quorum
 ├── SweepMissing                 no such sweep in the ledger
+├── SoupFailed                   the soup flow ended without a version
 ├── RegistryError                a version or alias is not what was written
 └── StackError                   the local stack cannot start or is already running
     ├── PortTaken
@@ -90,6 +91,10 @@ class TooFewIngredients(StockpotError):
 
 class SweepMissing(StockpotError):
     """No such sweep in the ledger."""
+
+
+class SoupFailed(StockpotError):
+    """The soup flow ended without a version."""
 
 
 class RegistryError(StockpotError):

@@ -1,0 +1,37 @@
+"""Put the deployments and work pools onto the Prefect server: `deployments/prefect.yaml`, applied from the repository root."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from stockpot.errors import ServerUnreachable
+
+ROOT = Path(__file__).parent.parent
+"""The repository root: entry points resolve from here."""
+
+POOLS = {"control": "process", "gpu": "process"}
+"""Work pools a laptop needs. An existing pool of another type (kubernetes, docker, ecs) is left as it is."""
+
+
+def deploy_all() -> list[str]:
+    """Create missing pools, apply every deployment, and return the deployments' names."""
+    _make_pools()
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    if done.returncode != 0:
+        lines = (done.stdout + done.stderr).strip().splitlines()[-5:]
+        raise ServerUnreachable(f"Prefect refused the deployments of deployments/prefect.yaml: {' / '.join(line.strip() for line in lines)}")
+    return [f"{flow}/stockpot" for flow in ("retrain", "finetune", "soup")]
+
+
+def _make_pools() -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with get_client(sync_client=True) as client:
+        for name, kind in POOLS.items():
+            try:
+                client.create_work_pool(WorkPoolCreate(name=name, type=kind))
+            except ObjectAlreadyExists:
+                continue

@@ -1,0 +1,19 @@
+"""Classify files with a registered version, the way a service does: `mlflow.pyfunc.load_model`, image bytes in, labels out."""
+
+from pathlib import Path
+from typing import Any
+
+from stockpot.errors import BadRequest
+
+
+def predict_files(model: str, images: list[Path]) -> list[dict[str, Any]]:
+    """One row per image: file, label, probability. `model` is a name (its champion), name@alias or name/version."""
+    from stockpot import registry, tracking
+
+    tracking.check_server()
+    loaded = registry.load(model if "@" in model or "/" in model else f"{model}@champion")
+    try:
+        answers = loaded.predict([{"image": path.read_bytes()} for path in images])
+    except ValueError as error:
+        raise BadRequest(f"{model} refused the images: {error}") from error
+    return [{"image": str(path), **answer} for path, answer in zip(images, answers, strict=True)]

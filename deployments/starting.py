@@ -1,0 +1,154 @@
+"""Start a deployment and watch it to the end: a live display on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import yaml
+from pydantic import ValidationError
+
+from stockpot.config import RetrainRequest
+from stockpot.errors import BadRequest, StockpotError
+
+POLL_S = 1.0
+AWAY_S = 60.0
+"""How long the Prefect server may be away before watching gives up (the work itself goes on)."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A flow run that was just created."""
+
+    id: UUID
+    name: str
+    page: str
+
+
+def read_request(path: Path) -> RetrainRequest:
+    """A request from a YAML file. Raises `BadRequest` naming every field that is wrong."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise BadRequest(f"There is no request file {path}; deployments/requests/ has ready-made ones.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The request {path} cannot be read ({error}); give a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise BadRequest(f"The request {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise BadRequest(f"The request {path} holds {type(document).__name__}, not fields; start from one of deployments/requests/.")
+    try:
+        return RetrainRequest.model_validate(document)
+    except ValidationError as error:
+        raise BadRequest(f"The request {path} is refused: {'; '.join(_problem(one) for one in error.errors())}.") from error
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            return f"`{where}` is no field"
+        case "missing":
+            return f"`{where}` is missing"
+        case "value_error":
+            return f"`{where}`: {error['ctx']['error']}"
+        case _:
+            return f"`{where}` is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def start(deployment: str, parameters: dict[str, Any], tags: list[str]) -> Started:
+    """Create a flow run of a deployment. Raises `BadRequest` when the server has no such deployment."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_UI_URL
+
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(deployment)
+        except ObjectNotFound as error:
+            raise BadRequest(f"The Prefect server has no deployment `{deployment}`; create it with `stockpot deploy`.") from error
+        run = client.create_flow_run_from_deployment(found.id, parameters=parameters, tags=tags)
+    return Started(run.id, run.name, f"{PREFECT_UI_URL.value()}/runs/flow-run/{run.id}")
+
+
+def watch_to_end(started: Started) -> str:
+    """Show progress until the run ends; returns its sweep's id. Raises `StockpotError` with the run's own sentence when it fails.
+
+    Leaving early (Ctrl-C) stops only the watching.
+    """
+    with _display() as show:
+        for run, children in _states(started.id):
+            show(run, children)
+    if not run.state.is_completed():
+        raise StockpotError(f"{run.name} ended {run.state.name}: {run.state.message or 'no reason given'} See {started.page}")
+    return next(tag.removeprefix("sweep:") for tag in run.tags if tag.startswith("sweep:"))
+
+
+def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
+    """The run and its children, read again every second until the run has ended."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    away_since: float | None = None
+    children_of = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id]))
+    with get_client(sync_client=True) as client:
+        while True:
+            try:
+                run, children = client.read_flow_run(run_id), client.read_flow_runs(flow_run_filter=children_of, limit=200)
+            except (httpx.TransportError, PrefectHTTPStatusError) as error:
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > AWAY_S:
+                    raise StockpotError(f"The Prefect server has not answered for {AWAY_S:.0f} s; the run itself may go on.") from error
+            else:
+                away_since = None
+                yield run, children
+                if run.state is not None and run.state.is_final():
+                    return
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def _display() -> Iterator[Any]:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _live(console) as show:
+            yield show
+    else:
+        yield _plain()
+
+
+@contextmanager
+def _live(console: Any) -> Iterator[Any]:
+    """A bar over the children that have ended, and what runs now."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=None, now="")
+
+        def show(run: Any, children: list[Any]) -> None:
+            now = ", ".join(sorted(child.name for child in children if child.state.is_running()))
+            ended = sum(child.state.is_final() for child in children)
+            progress.update(bar, description=f"{run.name} {run.state.name.lower()}", total=len(children) or None, completed=ended, now=now)
+
+        yield show
+
+
+def _plain() -> Any:
+    """One line per change of state."""
+    seen: dict[UUID, str] = {}
+
+    def show(run: Any, children: list[Any]) -> None:
+        for one in (run, *sorted(children, key=lambda child: child.name)):
+            if one.state is not None and seen.get(one.id) != one.state.name:
+                seen[one.id] = one.state.name
+                print(f"{one.name}: {one.state.name}{f' ({one.state.message})' if one.state.message and one.state.is_final() else ''}", flush=True)
+
+    return show

@@ -1,0 +1,49 @@
+"""Where the servers are, and whether they answer: asked before anything is started, so that a wrong address costs a sentence and no GPU."""
+
+import os
+from pathlib import Path
+
+import httpx
+
+from stockpot.config import RetrainRequest
+from stockpot.errors import ServerUnreachable
+
+
+def use_local_stack(state: Path) -> None:
+    """When neither Prefect nor MLflow is configured and a local stack of this folder is up, use it."""
+    from deployments.stack import running_environ
+
+    if "PREFECT_API_URL" not in os.environ and "MLFLOW_TRACKING_URI" not in os.environ:
+        os.environ.update(running_environ(state))
+
+
+def check_prefect(timeout_s: float = 4.0) -> None:
+    """Raises `ServerUnreachable` unless a Prefect server answers at `PREFECT_API_URL`."""
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise ServerUnreachable("PREFECT_API_URL is not set; set it to a Prefect server, or start the local stack with `stockpot stack up`.")
+    auth = os.environ.get("PREFECT_API_AUTH_STRING")
+    try:
+        answer = httpx.get(f"{url}/admin/version", timeout=timeout_s, auth=tuple(auth.split(":", 1)) if auth else None)  # type: ignore[arg-type]
+    except httpx.HTTPError as error:
+        raise ServerUnreachable(
+            f"No Prefect server answers at PREFECT_API_URL={url} ({type(error).__name__}); start one, or the local stack with `stockpot stack up`."
+        ) from error
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise ServerUnreachable(f"Prefect at {url} refused access (HTTP 401); set PREFECT_API_AUTH_STRING to its user:password.")
+    if not answer.is_success:
+        raise ServerUnreachable(f"What answers at PREFECT_API_URL={url} is no Prefect API (HTTP {answer.status_code}); it should end in `/api`.")
+
+
+def check_request(request: RetrainRequest) -> None:
+    """Raises a stated failure when MLflow, the object store or a snapshot of the request is not there."""
+    from stockpot import storage, tracking
+    from stockpot.snapshots import pin
+    from stockpot.sweeps import draw
+
+    draw(request.sweep)
+    tracking.check_server()
+    storage.check(request.store)
+    for uri in (request.data.snapshot, request.data.test, *request.data.shifts.values()):
+        if uri:
+            pin(uri)

@@ -1,0 +1,89 @@
+"""Sweeps, trials and soups as text for a person and as documents for a program, both read from the ledger."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stockpot.outcomes import ModelVersion, Scores, SoupReport
+
+
+def sweep_document(sweep_id: str) -> dict[str, Any]:
+    """One sweep: its trials with accuracies, its soup with scores, its version. Raises `SweepMissing`."""
+    from stockpot import registry, tracking
+
+    sweep = tracking.read_sweep(sweep_id)
+    found = {one.trial_id: one for one in tracking.find_ingredients(sweep)}
+    report = tracking.read_report(sweep_id)
+    version = registry.find_version(sweep.request.model, report.soup_sha256) if report else None
+    drawn = sorted(sweep.request.sweep.space)
+    return {
+        "sweep_id": sweep_id,
+        "model": sweep.request.model,
+        "trials": [
+            {
+                "trial_id": trial.id,
+                **{name: getattr(trial.settings, name) for name in drawn},
+                "held_out": found[trial.id].held_out.value if trial.id in found else None,
+                "in_soup": bool(report and trial.id in report.ingredients),
+            }
+            for trial in sweep.trials
+        ],
+        "finished": len(found),
+        "report": report.model_dump(mode="json") if report else None,
+        "version": version.model_dump(mode="json") if version else None,
+    }
+
+
+def sweep_text(document: dict[str, Any]) -> str:
+    """The same for a person: a line per trial, the comparison, the version and how to load it."""
+    table = Table("trial", *[key for key in document["trials"][0] if key not in ("trial_id", "held_out", "in_soup")], "held_out %", "in the soup")
+    for row in document["trials"]:
+        drawn = [f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items() if key not in ("trial_id", "held_out", "in_soup")]
+        table.add_row(row["trial_id"], *drawn, _percent(row["held_out"]), "yes" if row["in_soup"] else "")
+    parts = [f"Sweep {document['sweep_id']} of {document['model']}: {document['finished']} of {len(document['trials'])} trials finished.", _text(table)]
+    if document["report"]:
+        report = SoupReport.model_validate(document["report"])
+        parts += [comparison(report), *[f"Left out: trial {trial}: {reason}" for trial, reason in report.excluded.items()]]
+    if document["version"]:
+        parts.append(version_line(ModelVersion.model_validate(document["version"])))
+    return "\n".join(parts)
+
+
+def sweeps_text(rows: list[Any]) -> str:
+    """A line per sweep, newest first."""
+    table = Table("sweep", "model", "trials", "finished", "status", "started")
+    for row in rows:
+        table.add_row(row.sweep_id, row.model, str(row.trials), str(row.finished), row.status, row.started)
+    return _text(table) if rows else "The ledger has no sweep yet; start one with `stockpot retrain REQUEST.yaml`."
+
+
+def comparison(report: SoupReport) -> str:
+    """Best single, uniform and greedy on every split, in percent."""
+    suites = sorted(next(iter(report.scores.values())).shifts)
+    table = Table("model", "held_out %", "gate %", "test %", *[f"{suite} %" for suite in suites], "mean shift %", title="Accuracy")
+    for name, scores in report.scores.items():
+        table.add_row(name.replace("_", " "), *_cells(scores, suites))
+    return _text(table)
+
+
+def version_line(version: ModelVersion) -> str:
+    """What was registered and the one line that loads it."""
+    address = f"models:/{version.model}@{version.alias}" if version.alias else f"models:/{version.model}/{version.version}"
+    return f'Version {version.version} of {version.model}{f" is {version.alias}" if version.alias else ""}: mlflow.pyfunc.load_model("{address}")'
+
+
+def _cells(scores: Scores, suites: list[str]) -> list[str]:
+    splits = [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
+    return [*[_percent(split.value if split else None) for split in splits], _percent(scores.shift_average)]
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def _text(table: Table) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

@@ -1,0 +1,98 @@
+"""The table of contents: pin the data, prepare the init, draw the trials, fan them out, soup what finished.
+
+The sweep's id travels in the tags of every run, so the Prefect page can show one sweep, and a cancelled parent finds its children.
+"""
+
+import math
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger, runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.flows import Flow
+
+from stockpot.config import RetrainRequest, Sweep
+from stockpot.errors import SoupFailed, StockpotError, TooFewIngredients
+from tasks.dispatching import Job, cancel_runs, run_to_end, unfinished_runs
+from tasks.planning import close_sweep, finished_trials, open_sweep, pin_data, prepare_init
+from tasks.policies import stated_failure
+from tasks.showing import show_sweep, sweep_progress
+
+
+async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook: a cancelled retraining takes its trials and its soup along. A crashed one does not: a retry picks them up again."""
+    async with get_client() as client:
+        parent = await client.read_flow_run(flow_run.id)
+        sweeps = [tag for tag in parent.tags if tag.startswith("sweep:")]
+        if sweeps:
+            await cancel_runs(client, [run.id for run in await unfinished_runs(client, *sweeps) if run.id != flow_run.id])
+
+
+@flow(name="retrain", flow_run_name="retrain-{request.model}", description=__doc__, on_cancellation=[cancel_children])
+async def retrain(request: RetrainRequest) -> str | State[Any]:
+    """One retraining; returns the sweep's id. Run again with the same request it repeats no finished trial and registers nothing twice."""
+    try:
+        data = pin_data(request)
+        init = await prepare_init(request, data)
+        sweep = open_sweep(request, data, init)
+        await _wear_tags(sweep)
+        await run_trials(sweep)
+        await run_soup(sweep)
+    except StockpotError as error:
+        return stated_failure(error)
+    return sweep.id
+
+
+async def run_trials(sweep: Sweep) -> None:
+    """Every unfinished trial as its own flow run. Raises `TooFewIngredients` under the quorum, naming each failed trial and its reason."""
+    fan_out, total = sweep.request.fan_out, len(sweep.trials)
+    before = finished_trials(sweep)
+    get_run_logger().info("Sweep %s: %d trials, %d finished before.", sweep.id, total, len(before))
+    outcomes = await run_to_end(
+        [
+            Job(trial.id, fan_out.deployment, {"trial": trial.model_dump(mode="json")}, f"trial-{trial.index}-{trial.id}", f"trial:{trial.id}", _tags(sweep))
+            for trial in sweep.trials
+            if trial.id not in before
+        ],
+        attempts=fan_out.attempts,
+        retry_delay_s=fan_out.retry_delay_s,
+        deadline_s=fan_out.deadline_s,
+        on_change=await sweep_progress(sweep, len(before)),
+    )
+    finished = finished_trials(sweep)
+    failed = {one.job.key: one.reason or "ended without an ingredient" for one in outcomes if one.job.key not in finished}
+    await show_sweep(sweep, finished, failed)
+    needed = max(1, math.ceil(fan_out.quorum * total))
+    close_sweep(sweep, "FINISHED" if len(finished) >= needed else "FAILED", {"trials": total, "finished": len(finished), "failed": len(failed)})
+    if len(finished) < needed:
+        reasons = "; ".join(f"{trial}: {reason.rstrip('.')}" for trial, reason in failed.items())
+        raise TooFewIngredients(
+            f"{len(finished)} of {total} trials of sweep {sweep.id} finished, {needed} are needed ({reasons}). "
+            "Mend the cause and run the same request again: finished trials are kept."
+        )
+    for trial, reason in failed.items():
+        get_run_logger().warning("Trial %s is left out: %s", trial, reason)
+
+
+async def run_soup(sweep: Sweep) -> None:
+    """Trigger the soup flow and see it through."""
+    job = Job(f"{sweep.id}:soup", SOUP, {"sweep_id": sweep.id}, f"soup-{sweep.id}", f"soup:{sweep.id}", _tags(sweep))
+    fan_out = sweep.request.fan_out
+    (outcome,) = await run_to_end([job], attempts=fan_out.attempts, retry_delay_s=fan_out.retry_delay_s)
+    if outcome.state != "finished":
+        raise SoupFailed(f"The soup of sweep {sweep.id} failed: {outcome.reason} Then run `stockpot soup {sweep.id}`; no trial is lost.")
+
+
+SOUP = "soup/stockpot"
+"""The deployment that cooks."""
+
+
+def _tags(sweep: Sweep) -> tuple[str, ...]:
+    return f"sweep:{sweep.id}", f"model:{sweep.request.model}"
+
+
+async def _wear_tags(sweep: Sweep) -> None:
+    run_id = UUID(runtime.flow_run.id)
+    async with get_client() as client:
+        await client.update_flow_run(run_id, tags={*runtime.flow_run.tags, *_tags(sweep)})

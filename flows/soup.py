@@ -1,0 +1,29 @@
+"""From a sweep to a registered version. Needs only the sweep's id, so a soup can be cooked again any time later."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from stockpot.errors import ServerUnreachable, StockpotError
+from stockpot.outcomes import ModelVersion
+from tasks.cooking import cook_soup, fetch_picture, pass_gate, register_soup
+from tasks.policies import stated_failure
+from tasks.showing import show_soup
+
+
+@flow(name="soup", flow_run_name="soup-{sweep_id}", description=__doc__)
+def soup(sweep_id: str, attempt: int = 1) -> ModelVersion | State[Any]:
+    """Rank the sweep's ingredients on held_out, cook, score, register once, and let the gate decide on the alias."""
+    try:
+        report = cook_soup(sweep_id)
+        version = register_soup(report)
+        decision = pass_gate(report, version)
+    except ServerUnreachable:
+        raise
+    except StockpotError as error:
+        return stated_failure(error)
+    version = version.model_copy(update={"alias": "champion" if decision.promoted else "challenger"})
+    picture, page = fetch_picture(report)
+    show_soup(report, version, decision, picture, page)
+    return version

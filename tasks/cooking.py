@@ -1,0 +1,39 @@
+"""The tasks of the soup flow: cook, register, pass the gate. Each is keyed by content, so each is safe to try again."""
+
+from prefect import get_run_logger, runtime, task
+
+from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
+from tasks.policies import TRANSIENT, worth_a_retry
+
+
+@task(name="cook", retry_condition_fn=worth_a_retry, **TRANSIENT)
+def cook_soup(sweep_id: str) -> SoupReport:
+    """Rank, average and score the ingredients of one sweep."""
+    from stockpot.souping import cook
+
+    return cook(sweep_id, flow_run_id=runtime.flow_run.id, say=get_run_logger().info)
+
+
+@task(name="register", retry_condition_fn=worth_a_retry, **TRANSIENT)
+def register_soup(report: SoupReport) -> ModelVersion:
+    """One version per soup, keyed by the digest of its weights."""
+    from stockpot.releasing import register
+
+    return register(report)
+
+
+@task(name="gate", retry_condition_fn=worth_a_retry, **TRANSIENT)
+def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
+    """Champion against challenger; moves the alias and reads it back."""
+    from stockpot import tracking
+    from stockpot.releasing import gate
+
+    return gate(report, version, tracking.read_sweep(report.sweep_id).request.gate)
+
+
+@task(name="fetch picture", retry_condition_fn=worth_a_retry, **TRANSIENT)
+def fetch_picture(report: SoupReport) -> tuple[bytes, str]:
+    """The soup's picture (PNG) and the address of its MLflow run, for the Prefect page."""
+    from stockpot import tracking
+
+    return tracking.read_picture(report), tracking.run_page(report.mlflow_run_id, report.model)

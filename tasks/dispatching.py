@@ -1,0 +1,188 @@
+"""Fan-out: one deployment flow run per job, one batched polling loop for all of them, retries with a delay.
+
+Facts it rests on (Prefect 3.8.8): an idempotency key returns the existing run in whatever state, so a retried parent meets its
+own children again; a crash is not covered by `retries=`, and an instant retry can kill the worker, so the next attempt is
+scheduled in the future; waiting per child opens one websocket each, so all are read in one call.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger, runtime
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.states import Cancelling
+
+from stockpot.errors import BadRequest
+
+PAGE = 200
+"""Flow runs the API returns at once."""
+
+PATIENCE_S = 120
+"""Seconds without any run being picked up after which the missing worker is named in the log."""
+
+_UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One deployment flow run to be brought to an end."""
+
+    key: str
+    deployment: str
+    parameters: dict[str, Any]
+    name: str
+    tag: str
+    """The tag only this job's runs wear, such as `trial:<id>`."""
+    tags: tuple[str, ...]
+    """Further tags, shared with its kind."""
+
+
+@dataclass
+class Outcome:
+    """How a job stands: `state` is open, finished, failed or late."""
+
+    job: Job
+    flow_run_id: UUID
+    attempt: int = 1
+    state: str = "open"
+    reason: str = ""
+    picked_up: bool = False
+
+
+async def run_to_end(
+    jobs: Iterable[Job],
+    *,
+    attempts: int,
+    retry_delay_s: float,
+    deadline_s: float | None = None,
+    on_change: Callable[[list[Outcome]], Awaitable[None]] | None = None,
+) -> list[Outcome]:
+    """Dispatch every job from the current flow run and wait until each has finished, failed for good, or the deadline has passed.
+
+    A crashed or unexpectedly failed run is started again after `retry_delay_s`, up to `attempts` times in all; a stated failure
+    (a failed state with a name of its own) and a cancelled run are final. At the deadline what still runs is cancelled and
+    counted as late. `on_change` is awaited with all outcomes whenever one of them changed.
+    """
+    started = time.monotonic()
+    told = False
+    async with get_client() as client:
+        left = await _left_behind(client, jobs := tuple(jobs))
+        outcomes = [Outcome(job, (left.get(job.tag) or await _submit(job, 1)).id) for job in jobs]
+        while waiting := [one for one in outcomes if one.state == "open"]:
+            waited_s = time.monotonic() - started
+            if deadline_s is not None and waited_s > deadline_s:
+                await _give_up(client, waiting, f"not finished within the deadline of {deadline_s:g} s")
+            elif not await _step(client, outcomes, attempts, retry_delay_s):
+                told = told or _nobody_came(outcomes, waited_s)
+                await asyncio.sleep(min(10.0, 1.0 + len(waiting) / 50))
+                continue
+            if on_change:
+                await on_change(outcomes)
+    return outcomes
+
+
+async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
+    """Ask Prefect to cancel these runs; their workers end the processes. Returns how many were asked."""
+    ids = list(run_ids)
+    for run_id in ids:
+        await client.set_flow_run_state(run_id, Cancelling(message="Cancelled with its sweep."))
+    return len(ids)
+
+
+async def unfinished_runs(client: PrefectClient, *tags: str) -> list[FlowRun]:
+    """Every flow run with one of these tags that has not ended."""
+    query = FlowRunFilter(
+        tags=FlowRunFilterTags(any_=list(tags)), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
+    )
+    runs: list[FlowRun] = []
+    while page := await client.read_flow_runs(flow_run_filter=query, limit=PAGE, offset=len(runs)):
+        runs += page
+    return runs
+
+
+async def _left_behind(client: PrefectClient, jobs: tuple[Job, ...]) -> dict[str, FlowRun]:
+    """Runs of these jobs that an earlier parent started and that still go on, by tag: they are waited for, not doubled."""
+    wanted = {job.tag for job in jobs}
+    runs = await unfinished_runs(client, *wanted) if wanted else []
+    return {tag: run for run in runs for tag in wanted & set(run.tags) if run.state_type != StateType.CANCELLING}
+
+
+async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
+    try:
+        return await arun_deployment(
+            job.deployment,
+            parameters={**job.parameters, "attempt": attempt},
+            scheduled_time=datetime.now(UTC) + timedelta(seconds=delay_s),
+            flow_run_name=job.name if attempt == 1 else f"{job.name}-attempt-{attempt}",
+            tags=[job.tag, *job.tags],
+            idempotency_key=f"{runtime.flow_run.id}:{job.key}:{attempt}",
+            timeout=0,
+        )
+    except ObjectNotFound as error:
+        raise BadRequest(f"Prefect has no deployment `{job.deployment}`; run `stockpot deploy`, or name another one in the request.") from error
+
+
+async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, retry_delay_s: float) -> bool:
+    waiting = {one.flow_run_id: one for one in outcomes if one.state == "open"}
+    changed = False
+    for run in await _read(client, list(waiting)):
+        one = waiting[run.id]
+        one.picked_up |= run.state_type != StateType.SCHEDULED
+        if run.state is None or not run.state.is_final():
+            continue
+        changed = True
+        if run.state.is_completed():
+            one.state = "finished"
+            continue
+        one.reason = run.state.message or run.state.name or "no reason given"
+        if run.state.is_cancelled() or (run.state.is_failed() and run.state.name != "Failed"):
+            one.state = "failed"
+        elif one.attempt >= attempts:
+            one.state, one.reason = "failed", f"{one.reason} (attempt {one.attempt} of {attempts})"
+        else:
+            get_run_logger().warning("%s: %s Attempt %d of %d starts in %g s.", one.job.name, one.reason, one.attempt + 1, attempts, retry_delay_s)
+            one.attempt += 1
+            one.flow_run_id = (await _submit(one.job, one.attempt, retry_delay_s)).id
+    return changed
+
+
+async def _read(client: PrefectClient, ids: list[UUID]) -> list[FlowRun]:
+    """All runs in pages of 200. A server that is away for a moment is asked again at the next step."""
+    runs: list[FlowRun] = []
+    try:
+        for start in range(0, len(ids), PAGE):
+            query = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
+            runs += await client.read_flow_runs(flow_run_filter=query, limit=PAGE)
+    except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        get_run_logger().warning("The Prefect server did not answer (%s); asking again.", type(error).__name__)
+    return runs
+
+
+async def _give_up(client: PrefectClient, waiting: list[Outcome], reason: str) -> None:
+    await cancel_runs(client, [one.flow_run_id for one in waiting])
+    for one in waiting:
+        one.state, one.reason = "late", reason
+
+
+def _nobody_came(outcomes: list[Outcome], waited_s: float) -> bool:
+    """Say in the log, once, that no worker took any of the runs; True when said."""
+    if waited_s < PATIENCE_S or any(one.picked_up for one in outcomes):
+        return False
+    get_run_logger().warning("No run of %s was picked up in %d s: is a worker of its pool up?", outcomes[0].job.deployment, PATIENCE_S)
+    return True

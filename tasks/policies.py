@@ -1,0 +1,36 @@
+"""The policies themselves: what is worth another try, what a stated failure looks like on the Prefect page, and work that
+should give its memory back when it is done."""
+
+import asyncio
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Failed
+from prefect.tasks import Task
+
+from stockpot.errors import ServerUnreachable, StockpotError
+
+TRANSIENT = {"retries": 4, "retry_delay_seconds": [2, 10, 30, 60], "retry_jitter_factor": 0.5}
+"""For calls to servers: about two minutes, long enough for a restart."""
+
+
+async def worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """A server that did not answer may answer soon; a stated failure will be the same every time."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, ServerUnreachable) or not isinstance(error, StockpotError)
+
+
+def stated_failure(error: StockpotError) -> State[Any]:
+    """The failed state that shows the error's sentence, named by its class, instead of a traceback."""
+    get_run_logger().error(str(error))
+    return Failed(message=str(error), name=type(error).__name__)
+
+
+async def in_own_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a library call in a fresh process: a parent that waits for hours must not keep torch and a model in memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return await asyncio.wrap_future(pool.submit(call, *arguments))

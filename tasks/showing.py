@@ -1,0 +1,96 @@
+"""What people see on the Prefect page: progress of the fan-out, the sweep table, the greedy decisions and the picture.
+
+Artifact keys take lowercase letters, numbers and dashes only; ids here are hex, so they fit."""
+
+import base64
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from prefect.artifacts import (
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+    create_image_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+
+from stockpot.config import Sweep
+from stockpot.outcomes import Accuracy, GateDecision, ModelVersion, Scores, SoupReport
+from tasks.dispatching import Outcome
+
+
+async def sweep_progress(sweep: Sweep, done: int) -> Callable[[list[Outcome]], Coroutine[Any, Any, None]]:
+    """A progress artifact for the sweep's trials; returns what `run_to_end` calls on every change. `done` were finished before."""
+    total = len(sweep.trials)
+    artifact = await acreate_progress_artifact(100 * done / total, key=f"sweep-{sweep.id}-progress", description=f"{done} of {total} trials ended")
+
+    async def show(outcomes: list[Outcome]) -> None:
+        ended = done + sum(one.state != "open" for one in outcomes)
+        await aupdate_progress_artifact(artifact, 100 * ended / total, description=f"{ended} of {total} trials ended")
+
+    return show
+
+
+async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, str]) -> None:
+    """One row per trial: what was drawn, how it ended."""
+    drawn = sorted(sweep.request.sweep.space)
+    rows = [
+        {
+            "trial": trial.id,
+            **{name: getattr(trial.settings, name) for name in drawn},
+            "held_out": finished.get(trial.id, ""),
+            "ended": "finished" if trial.id in finished else failed.get(trial.id, "not run"),
+        }
+        for trial in sweep.trials
+    ]
+    await acreate_table_artifact(rows, key=f"sweep-{sweep.id}-trials", description=f"Trials of sweep {sweep.id} for model {sweep.request.model}")
+
+
+def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision, picture: bytes, page: str) -> None:
+    """Decisions, scores, the gate's verdict and the picture of one soup. `page` is the address of the soup's MLflow run."""
+    create_table_artifact(
+        [
+            {
+                "trial": step.trial_id,
+                "before": percent(step.before),
+                "after": percent(step.after),
+                "kept": "kept" if step.kept else "left out",
+                "ingredients": step.size,
+            }
+            for step in report.steps
+        ],
+        key=f"soup-{report.sweep_id}-decisions",
+        description=f"Greedy decisions of sweep {report.sweep_id}, in order, on held_out",
+    )
+    create_table_artifact(
+        [score_row(name, scores) for name, scores in report.scores.items()], key=f"soup-{report.sweep_id}-scores", description="Accuracy in percent"
+    )
+    create_image_artifact(
+        "data:image/png;base64," + base64.b64encode(picture).decode(),
+        key=f"soup-{report.sweep_id}-picture",
+        description="Held-out accuracy against the average of the shift suites",
+    )
+    create_markdown_artifact(
+        f"**{version.model} version {version.version}** is `{version.alias}`. {decision.reason}\n\n"
+        f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, weights and curves in MLflow]({page})",
+        key=f"soup-{report.sweep_id}-version",
+        description=f"Version {version.version} of {version.model}",
+    )
+
+
+def score_row(name: str, scores: Scores) -> dict[str, str]:
+    """One line of the comparison, in percent; an empty cell where a split was not asked for."""
+    return {
+        "model": name.replace("_", " "),
+        "held_out": percent(scores.held_out),
+        "gate": percent(scores.gate),
+        "test": percent(scores.test),
+        **{suite: percent(score) for suite, score in sorted(scores.shifts.items())},
+        "mean shift": f"{100 * scores.shift_average:.2f}" if scores.shift_average is not None else "",
+    }
+
+
+def percent(accuracy: Accuracy | None) -> str:
+    """`95.25 (381/400)`, or nothing."""
+    return f"{100 * accuracy.value:.2f} ({accuracy.correct}/{accuracy.seen})" if accuracy else ""
