@@ -1,0 +1,225 @@
+"""The S3 half of `storage`: every call has a deadline, and every failure is one of `stockpot.errors` with endpoint, bucket and key in it.
+
+Client: s3fs (fsspec), opened lazily in the process that uses it, so it survives fork and forkserver. Configured only by the standard
+`AWS_*` environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_DEFAULT_REGION`, a profile or
+a role: botocore's own order). Bodies are read here, not by `s3fs.get_file`: that one is unguarded by If-Match, does not resume, and leaves a
+full-size file of zeros when it is killed.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec.asyn
+import s3fs
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from fsspec.exceptions import FSTimeoutError
+
+from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused
+
+CONNECT_S, READ_S, CALL_S = 4, 15, 60
+PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
+READ_BYTES = 2**20
+
+# numbers only: an instance is made anew when the environment or the process changes
+_ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+
+
+class StoredObject(NamedTuple):
+    """One object of a listing."""
+
+    uri: str
+    size: int
+    etag: str
+    modified: datetime
+
+
+class Interrupted(StorageError):
+    """A body stopped before its end; `Body.read_into` may be called again from where it stopped."""
+
+
+def filesystem() -> s3fs.S3FileSystem:
+    """This process's client for the current `AWS_*` environment."""
+    return _filesystem(os.getpid(), tuple(os.environ.get(name) for name in _ENVIRONMENT))
+
+
+@lru_cache(maxsize=8)
+def _filesystem(pid: int, environment: tuple[str | None, ...]) -> s3fs.S3FileSystem:
+    del pid, environment  # the key only
+    client = s3fs.S3FileSystem(
+        config_kwargs={"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"max_attempts": 1}, "max_pool_connections": 32},
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        max_concurrency=PARTS_AT_ONCE,
+    )
+    client.retries = 3
+    return client
+
+
+def split(uri: str) -> tuple[str, str]:
+    """`s3://bucket/a/b` -> (`bucket`, `a/b`)."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def call(uri: str, method: str, timeout_s: float = CALL_S, **arguments: Any) -> Any:
+    """One S3 operation on the object at `uri`, by boto's method name, within the deadline."""
+    bucket, key = split(uri)
+    place = {"Bucket": bucket} if method in ("list_objects_v2", "head_bucket") else {"Bucket": bucket, "Key": key}
+    with said(uri, timeout_s):
+        return filesystem().call_s3(method, timeout=timeout_s, **place, **arguments)
+
+
+def read_bytes(uri: str, timeout_s: float = CALL_S) -> bytes:
+    """The whole object. For objects of any size that fits in memory; shards go through `Body`."""
+    with said(uri, timeout_s):
+        return bytes(filesystem().cat_file(uri, max_concurrency=1))
+
+
+def write_bytes(uri: str, data: bytes, *, create: bool = False) -> None:
+    """PUT; `create` asks the server to refuse if the object exists (If-None-Match), which decides races between writers."""
+    call(uri, "put_object", Body=data, **({"IfNoneMatch": "*"} if create else {}))
+
+
+def upload(path: Path, uri: str, *, create: bool = False) -> None:
+    """PUT a file, in parts when large; at most 4 x 16 MiB are in memory. Nothing is visible before the last part."""
+    with said(uri, CALL_S):
+        filesystem().put_file(str(path), uri, mode="create" if create else "overwrite", chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+
+def exists(uri: str) -> bool:
+    """Whether the object is there."""
+    try:
+        call(uri, "head_object")
+    except ObjectMissing:
+        return False
+    return True
+
+
+def list_prefix(uri: str) -> Iterator[StoredObject]:
+    """Every object whose key starts with the prefix, in key order, page by page. A missing bucket raises."""
+    bucket, prefix = split(uri)
+    token: dict[str, str] = {}
+    while True:
+        page = call(uri, "list_objects_v2", Prefix=prefix, **token)
+        for item in page.get("Contents", ()):
+            yield StoredObject(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'), item["LastModified"])
+        if not page.get("IsTruncated"):
+            return
+        token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def remove(uri: str) -> None:
+    """Delete the object; one that is not there is no error."""
+    call(uri, "delete_object")
+
+
+def check(uri: str, timeout_s: float = 4.0) -> None:
+    """Within five seconds: does the endpoint answer, are the credentials accepted, is there a bucket, and anything under the prefix?"""
+    client = filesystem()
+    bucket, prefix = split(uri)
+    retries, client.retries = client.retries, 1
+    try:
+        with said(uri, timeout_s):
+            page = client.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=timeout_s)
+    finally:
+        client.retries = retries
+    if prefix and not page.get("KeyCount", len(page.get("Contents", ()))):
+        raise ObjectMissing(f"Nothing is stored under {uri} ({_where()}); check the spelling, or publish the dataset there first.")
+
+
+class Body:
+    """One object's bytes, read forward and resumed by range after a cut; guarded by If-Match, so a replaced object is an error.
+
+    `read_into(sink)` hands pieces of up to 1 MiB to `sink` until the end. It raises `Interrupted` when the connection ends early or is silent
+    for 15 s; calling it again goes on from `offset`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.offset = 0
+        self.size: int | None = None
+        self._etag: str | None = None
+
+    def read_into(self, sink: Callable[[bytes], Any], timeout_s: float = READ_S) -> None:
+        """Read from `offset` to the end. `timeout_s` is the longest silence, not the whole time."""
+        client = filesystem()
+        with said(self.uri, timeout_s):
+            fsspec.asyn.sync(client.loop, self._read_into, client, sink, timeout_s)
+
+    async def _read_into(self, client: s3fs.S3FileSystem, sink: Callable[[bytes], Any], timeout_s: float) -> None:
+        bucket, key = split(self.uri)
+        guard = {"Range": f"bytes={self.offset}-"} if self.offset else {}
+        guard |= {"IfMatch": self._etag} if self._etag else {}
+        answer = await asyncio.wait_for(client._call_s3("get_object", Bucket=bucket, Key=key, **guard), 2 * timeout_s)
+        self._etag = answer["ETag"]
+        self.size = self.offset + answer["ContentLength"]
+        async with answer["Body"] as body:
+            while self.offset < self.size:
+                try:
+                    piece = await asyncio.wait_for(body.read(READ_BYTES), timeout_s)
+                except Exception as error:  # aiohttp, botocore and asyncio each have their own for one fact: no more bytes came
+                    reason = str(error) or type(error).__name__
+                    raise Interrupted(f"{self.uri} stopped after {self.offset:,} of {self.size:,} bytes ({reason}; {_where()}).") from error
+                if not piece:
+                    raise Interrupted(f"{self.uri} ended after {self.offset:,} of {self.size:,} bytes ({_where()}).")
+                sink(piece)
+                self.offset += len(piece)
+
+
+@contextmanager
+def said(uri: str, timeout_s: float) -> Iterator[None]:
+    """Turn what s3fs, botocore, aiohttp and asyncio raise into the error family, with address, endpoint and key id."""
+    bucket, key = split(uri)
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        missing = "NoSuchBucket" in str(error.__cause__ or error) or not key
+        what = f"There is no bucket `{bucket}`" if missing else f"There is no object {uri}"
+        raise ObjectMissing(f"{what} ({_where()}); check the address, or publish it first.") from error
+    except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
+        raise StorageRefused(
+            f"S3 refused access to {uri} ({_credentials()}, {_where()}): {_reason(error)}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "to a key that may use this bucket."
+        ) from error
+    except (FileExistsError, ClientError, OSError) as error:
+        code = _code(error)
+        if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+            raise ObjectExists(f"{uri} is not what this writer or reader last saw: another one has written it ({_where()}).") from error
+        if isinstance(error, (FSTimeoutError, TimeoutError)) or not code:
+            raise ServerUnreachable(_unreachable(error, timeout_s)) from error
+        raise StorageError(f"S3 answered {code} for {uri} ({_where()}): {_reason(error)}") from error
+    except BotoCoreError as error:
+        raise ServerUnreachable(_unreachable(error, timeout_s)) from error
+
+
+def _unreachable(error: BaseException, timeout_s: float) -> str:
+    reason = _reason(error) if str(error) else f"no answer within {timeout_s:g} s"
+    return f"The object store does not answer ({_where()}): {reason}. Start it, or correct AWS_ENDPOINT_URL."
+
+
+def _code(error: BaseException) -> str:
+    answered = error if isinstance(error, ClientError) else error.__cause__
+    return str(answered.response.get("Error", {}).get("Code", "")) if isinstance(answered, ClientError) else ""
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _where() -> str:
+    return f"endpoint {os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL') or 'of AWS'}"
+
+
+def _credentials() -> str:
+    key = os.environ.get("AWS_ACCESS_KEY_ID")
+    if key:
+        return f"key id ...{key[-4:]} from the environment"
+    return f"profile {os.environ['AWS_PROFILE']}" if os.environ.get("AWS_PROFILE") else "no key in the environment"

@@ -1,0 +1,212 @@
+"""Bytes by address. `s3://bucket/key`, `file:///path` and an absolute path are used alike: read, write, conditional create, list.
+
+A write is whole or absent: on S3 by its nature, on a file system by temp, fsync and rename (create: by hard link, which refuses an existing name).
+S3 lives in `stockpot.s3`; this module only chooses. Raises the errors of `stockpot.errors` under StorageError, and ServerUnreachable.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from stockpot import s3
+from stockpot.errors import ObjectExists, ObjectMissing, SnapshotBroken, StorageError, StorageRefused
+from stockpot.s3 import Interrupted, StoredObject
+
+__all__ = ["Interrupted", "StoredObject", "check", "download", "exists", "join", "list_prefix", "open_body", "read_bytes", "remove"]
+__all__ += ["upload", "write_bytes"]
+
+CHUNK = 2**20
+
+
+class Body(Protocol):
+    """An object's bytes, read forward; `read_into` may be called again after `Interrupted`."""
+
+    uri: str
+    offset: int
+    size: int | None
+
+    def read_into(self, sink: Callable[[bytes], Any], timeout_s: float = ...) -> None: ...
+
+
+def join(uri: str, *parts: str) -> str:
+    """The address below `uri`; parts that are addresses themselves replace it."""
+    for part in parts:
+        uri = part if "://" in part or part.startswith("/") else f"{uri.rstrip('/')}/{part}"
+    return uri
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object."""
+    if _remote(uri):
+        return s3.read_bytes(uri)
+    with _said(uri):
+        return _local(uri).read_bytes()
+
+
+def write_bytes(uri: str, data: bytes, *, create: bool = False) -> None:
+    """Store the object whole; with `create`, raise `ObjectExists` when something is already there, whoever wrote it."""
+    if _remote(uri):
+        s3.write_bytes(uri, data, create=create)
+        return
+    with _written(uri, create) as temporary:
+        temporary.write_bytes(data)
+
+
+def upload(path: Path, uri: str, *, create: bool = False) -> None:
+    """Store a file, in bounded memory; `create` as in `write_bytes`."""
+    if _remote(uri):
+        s3.upload(path, uri, create=create)
+        return
+    with _written(uri, create) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def download(uri: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch the object into a file, whole or not at all; with `sha256`, raise `SnapshotBroken` unless the bytes hash to it.
+
+    A cut connection is resumed by range up to three times.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hasher = hashlib.sha256()
+    body = open_body(uri)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+
+            def sink(piece: bytes) -> None:
+                file.write(piece)
+                hasher.update(piece)
+
+            for attempt in range(4):
+                try:
+                    body.read_into(sink)
+                    break
+                except Interrupted:
+                    if attempt == 3:
+                        raise
+            file.flush()
+            os.fsync(file.fileno())
+        if sha256 is not None and hasher.hexdigest() != sha256:
+            raise SnapshotBroken(f"{uri} hashes to sha256 {hasher.hexdigest()[:12]}, {sha256[:12]} was recorded: it is damaged or was replaced.")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def exists(uri: str) -> bool:
+    """Whether an object is stored at this very address."""
+    return s3.exists(uri) if _remote(uri) else _local(uri).is_file()
+
+
+def list_prefix(uri: str) -> list[StoredObject]:
+    """Every object whose address starts with `uri`, sorted by address; [] when there is none. On a file system: the files below a folder."""
+    if _remote(uri):
+        return list(s3.list_prefix(uri))
+    top = _local(uri)
+    found = []
+    for path in sorted(top.rglob("*") if top.is_dir() else top.parent.glob(f"{top.name}*")):
+        if path.is_file() and not path.name.startswith(".stockpot-"):
+            stat = path.stat()
+            found.append(
+                StoredObject(_as(uri, path), stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", datetime.fromtimestamp(stat.st_mtime, UTC))
+            )
+    return found
+
+
+def remove(uri: str) -> None:
+    """Delete the object; one that is not there is no error."""
+    if _remote(uri):
+        s3.remove(uri)
+        return
+    with _said(uri):
+        _local(uri).unlink(missing_ok=True)
+
+
+def check(uri: str) -> None:
+    """Within five seconds, before anything costly starts: is the store there, may this process read it, is anything under the prefix?"""
+    if _remote(uri):
+        s3.check(uri)
+    elif not _local(uri).exists():
+        raise ObjectMissing(f"There is no file or folder {uri}; check the address, or publish the dataset there first.")
+    elif not os.access(_local(uri), os.R_OK):
+        raise StorageRefused(f"This user may not read {uri}; change its permissions.")
+
+
+def open_body(uri: str) -> Body:
+    """A reader of one object, at its first byte."""
+    return s3.Body(uri) if _remote(uri) else _LocalBody(uri)
+
+
+class _LocalBody:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.offset = 0
+        self.size: int | None = None
+
+    def read_into(self, sink: Callable[[bytes], Any], timeout_s: float = 0) -> None:
+        with _said(self.uri), _local(self.uri).open("rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            file.seek(self.offset)
+            while piece := file.read(CHUNK):
+                sink(piece)
+                self.offset += len(piece)
+
+
+def _remote(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def _local(uri: str) -> Path:
+    path = Path(uri.removeprefix("file://"))
+    if not path.is_absolute():
+        raise StorageError(f"{uri!r} is no address; write s3://bucket/key, file:///path or an absolute path.")
+    return path
+
+
+def _as(uri: str, path: Path) -> str:
+    return f"file://{path}" if uri.startswith("file://") else str(path)
+
+
+def _temporary(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=".stockpot-", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+@contextmanager
+def _written(uri: str, create: bool) -> Iterator[Path]:
+    path = _local(uri)
+    with _said(uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            if create:
+                os.link(temporary, path)
+            else:
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise ObjectMissing(f"There is no file {uri}; check the address, or publish it first.") from error
+    except FileExistsError as error:
+        raise ObjectExists(f"{uri} exists already: another writer was first.") from error
+    except PermissionError as error:
+        raise StorageRefused(f"This user may not use {uri} ({error.strerror}); change its permissions.") from error
+    except OSError as error:
+        raise StorageError(f"{uri}: {error.strerror or error} (disk full, or not a usable file system).") from error
