@@ -1,0 +1,66 @@
+"""Promise: the same request and seed draw the same trials anywhere; more trials keep the first ones; no trial is drawn twice."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stockpot.config import SweepSpec
+from stockpot.errors import BadRequest
+from stockpot.sweeps import draw, plan
+from tests.requests_for_tests import DATA, INIT, REQUEST
+
+SPACE = {
+    "learning_rate": {"log_uniform": [1e-6, 1e-4]},
+    "epochs": {"int_uniform": [4, 16]},
+    "mixup": {"probability": 0.5, "value": 0, "otherwise": {"uniform": [0.0, 0.9]}},
+    "augmentation": {"choice": ["minimal", "strong"]},
+}
+
+
+@given(seed=st.integers(0, 10_000), few=st.integers(1, 10), more=st.integers(0, 10))
+def test_more_trials_keep_the_ones_already_drawn(seed, few, more):
+    first = draw(SweepSpec(trials=few, seed=seed, space=SPACE))
+    assert draw(SweepSpec(trials=few + more, seed=seed, space=SPACE))[:few] == first
+
+
+@given(seed=st.integers(0, 10_000))
+def test_draws_stay_in_their_space(seed):
+    for settings in draw(SweepSpec(trials=5, seed=seed, space=SPACE)):
+        assert 1e-6 <= settings.learning_rate <= 1e-4
+        assert 4 <= settings.epochs <= 16
+        assert settings.mixup == 0 or 0 < settings.mixup <= 0.9
+        assert settings.augmentation in ("minimal", "strong")
+
+
+def test_the_drawn_values_are_frozen():
+    """Recorded on one machine: another machine, Python or release must draw the same."""
+    (settings,) = draw(SweepSpec(trials=1, seed=0, space=SPACE))
+    assert (settings.learning_rate, settings.mixup) == (1.65075e-05, 0.0618019)
+
+
+def test_log_uniform_spends_equal_shares_on_every_decade():
+    rates = [settings.learning_rate for settings in draw(SweepSpec(trials=400, seed=1, space=SPACE))]
+    assert 0.4 < sum(rate < 1e-5 for rate in rates) / len(rates) < 0.6
+    assert math.isclose(sum(map(math.log10, rates)) / len(rates), -5, abs_tol=0.1)
+
+
+def test_a_space_with_too_few_trials_is_refused():
+    with pytest.raises(BadRequest, match=r"Trial \d of the sweep equals trial \d"):
+        draw(SweepSpec(trials=3, space={"seed": {"choice": [1, 2]}, "mixup": {"choice": [0]}}))
+
+
+def test_an_impossible_draw_names_trial_and_field():
+    with pytest.raises(BadRequest, match="drew -1.* for `epochs` of trial 0"):
+        draw(SweepSpec(trials=1, space={"epochs": {"choice": [-1]}}))
+
+
+def test_trial_ids_depend_on_content_only():
+    from stockpot.config import RetrainRequest
+
+    request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 4, "space": SPACE}})
+    other_store = request.model_copy(update={"store": "s3://elsewhere/store"})
+    ids = [trial.id for trial in plan(request, DATA, INIT).trials]
+    assert len(set(ids)) == 4
+    assert [trial.id for trial in plan(other_store, DATA, INIT).trials] == ids
