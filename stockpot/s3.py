@@ -1,9 +1,9 @@
 """The S3 half of `storage`: every call has a deadline, and every failure is one of `stockpot.errors` with endpoint, bucket and key in it.
 
 Client: s3fs (fsspec), opened lazily in the process that uses it, so it survives fork and forkserver. Configured only by the standard
-`AWS_*` environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_DEFAULT_REGION`, a profile or
-a role: botocore's own order). Bodies are read here, not by `s3fs.get_file`: that one is unguarded by If-Match, does not resume, and leaves a
-full-size file of zeros when it is killed.
+`AWS_*` environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`, a profile or a role:
+botocore's own order). Bodies are read here, not by `s3fs.get_file`: that one is unguarded by If-Match, does not resume, and leaves
+a full-size file of zeros when it is killed.
 """
 
 import asyncio
@@ -136,8 +136,8 @@ def check(uri: str, timeout_s: float = 4.0) -> None:
 class Body:
     """One object's bytes, read forward and resumed by range after a cut; guarded by If-Match, so a replaced object is an error.
 
-    `read_into(sink)` hands pieces of up to 1 MiB to `sink` until the end. It raises `Interrupted` when the connection ends early or is silent
-    for 15 s; calling it again goes on from `offset`.
+    `read_into(sink)` hands pieces of up to 1 MiB to `sink` until the end. It raises `Interrupted` when the connection ends early
+    or is silent for 15 s; calling it again goes on from `offset`.
     """
 
     def __init__(self, uri: str) -> None:

@@ -1,6 +1,7 @@
 """Bytes by address. `s3://bucket/key`, `file:///path` and an absolute path are used alike: read, write, conditional create, list.
 
-A write is whole or absent: on S3 by its nature, on a file system by temp, fsync and rename (create: by hard link, which refuses an existing name).
+A write is whole or absent: on S3 by its nature, on a file system by temp, fsync and rename (create: by hard link, which refuses an
+existing name).
 S3 lives in `stockpot.s3`; this module only chooses. Raises the errors of `stockpot.errors` under StorageError, and ServerUnreachable.
 """
 
@@ -93,7 +94,9 @@ def download(uri: str, path: Path, sha256: str | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         if sha256 is not None and hasher.hexdigest() != sha256:
-            raise SnapshotBroken(f"{uri} hashes to sha256 {hasher.hexdigest()[:12]}, {sha256[:12]} was recorded: it is damaged or was replaced.")
+            raise SnapshotBroken(
+                f"{uri} hashes to sha256 {hasher.hexdigest()[:12]}, {sha256[:12]} was recorded: it is damaged or was replaced."
+            )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,7 +108,7 @@ def exists(uri: str) -> bool:
 
 
 def list_prefix(uri: str) -> list[StoredObject]:
-    """Every object whose address starts with `uri`, sorted by address; [] when there is none. On a file system: the files below a folder."""
+    """Every object whose address starts with `uri`, sorted by address; [] when there is none."""
     if _remote(uri):
         return list(s3.list_prefix(uri))
     top = _local(uri)
@@ -114,7 +117,9 @@ def list_prefix(uri: str) -> list[StoredObject]:
         if path.is_file() and not path.name.startswith(".stockpot-"):
             stat = path.stat()
             found.append(
-                StoredObject(_as(uri, path), stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", datetime.fromtimestamp(stat.st_mtime, UTC))
+                StoredObject(
+                    _as(uri, path), stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", datetime.fromtimestamp(stat.st_mtime, UTC)
+                )
             )
     return found
 

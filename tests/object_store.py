@@ -54,10 +54,34 @@ def object_store(folder: Path, bucket: str = "stockpot") -> Iterator[ObjectStore
     folder.mkdir(parents=True, exist_ok=True)
     identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin", "Read", "Write", "List"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
+    names = (
+        "master.port",
+        "master.port.grpc",
+        "volume.port",
+        "volume.port.grpc",
+        "filer.port",
+        "filer.port.grpc",
+        "s3.port",
+        "s3.port.grpc",
+    )
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    command = [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={folder / 's3.json'}"]
-    command += ["-master.volumeSizeLimitMB=64", "-volume.max=0", "-volume.minFreeSpace=1GiB", "-master.telemetry=false", "-s3.port.iceberg=0"]
+    command = [
+        binary,
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-filer",
+        "-s3",
+        f"-s3.config={folder / 's3.json'}",
+    ]
+    command += [
+        "-master.volumeSizeLimitMB=64",
+        "-volume.max=0",
+        "-volume.minFreeSpace=1GiB",
+        "-master.telemetry=false",
+        "-s3.port.iceberg=0",
+    ]
     command += [f"-filer.localSocket={folder / 'f.sock'}", "-s3.port.lance=0", "-s3.iam=false"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     store = ObjectStore(ports["s3.port"], bucket)

@@ -1,0 +1,89 @@
+"""The index of a snapshot: a parquet file beside the manifest, and on each node a memory-mapped table of its hot columns.
+
+Rows are sorted by (split in the order of `SPLITS`, shard, offset), so a sample's id is its row number, a split is a range of rows, and
+the samples of one shard in one split are a range too. Readers therefore hold no list of samples, whatever the dataset's size.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from stockpot.errors import SnapshotBroken
+
+HOT = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
+"""What reading one sample needs: the shard's place in the manifest, the image's bytes in it, the label."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("shard", pa.int32()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("label", pa.int32()),
+        pa.field("digest", pa.binary(32)),
+        pa.field("split", pa.int8()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Rows of a snapshot's samples, by id."""
+
+    parquet: Path
+    rows: NDArray[np.void]
+
+    @classmethod
+    def open(cls, parquet: Path, samples: int) -> "Index":
+        """Map the hot columns, writing them beside the parquet file on the first use on this node."""
+        hot = parquet.with_suffix(".rows.npy")
+        if not hot.exists():
+            _write_hot(parquet, hot)
+        rows = np.load(hot, mmap_mode="r")
+        if len(rows) != samples:
+            raise SnapshotBroken(f"The index {parquet.name} has {len(rows):,} rows, the manifest says {samples:,} samples.")
+        return cls(parquet, rows)
+
+    def key(self, sample: int) -> str:
+        """The key of one sample, for messages."""
+        return self.keys(sample, sample + 1)[0]
+
+    def keys(self, start: int, stop: int) -> list[str]:
+        """Keys of a range of ids."""
+        return [str(key) for key in self._keys[start:stop].to_pylist()]
+
+    def digests(self, start: int, stop: int) -> set[bytes]:
+        """Digests of the decoded pixels of a range of ids."""
+        return set(pq.read_table(self.parquet, columns=["digest"])["digest"][start:stop].to_pylist())
+
+    @cached_property
+    def _keys(self) -> pa.ChunkedArray:
+        return pq.read_table(self.parquet, columns=["key"])["key"]
+
+
+def write_parquet(table: pa.Table, path: Path) -> pa.Table:
+    """Sort the rows into index order and write them; returns the sorted table. Equal rows give equal bytes (of one pyarrow version)."""
+    ordered = table.take(pc.sort_indices(table, sort_keys=[("split", "ascending"), ("shard", "ascending"), ("offset", "ascending")]))
+    pq.write_table(ordered.combine_chunks(), path, compression="zstd", row_group_size=2**17, store_schema=False)
+    return ordered
+
+
+def _write_hot(parquet: Path, hot: Path) -> None:
+    table = pq.read_table(parquet, columns=list(HOT.names or ()))
+    rows = np.empty(table.num_rows, HOT)
+    for name in HOT.names or ():
+        rows[name] = table[name].to_numpy()
+    handle, temporary = tempfile.mkstemp(dir=hot.parent, suffix=".part")
+    with os.fdopen(handle, "wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(hot)

@@ -1,0 +1,105 @@
+"""Evaluation input: every sample of a split once, preprocessed to uint8, memory-mapped, built once per node and shared by all trials."""
+
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torchvision
+from numpy.typing import NDArray
+
+from stockpot.config import Preprocess
+from stockpot.digests import file_digest, short
+from stockpot.errors import BadRequest, SkipBudgetExceeded, SnapshotBroken
+from stockpot.images import Undecodable, decode, eval_transform, transform_digest
+from stockpot.node_cache import NodeCache, locked
+from stockpot.snapshots import Snapshot
+from stockpot.splits import SPLITS
+
+# N samples of the split, S side in pixels
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A split, ready for the model."""
+
+    images: NDArray[np.uint8]
+    """Memory-mapped, read-only, N3SS; normalise on the device."""
+    labels: NDArray[np.int64]
+    keys: tuple[str, ...]
+    transform_digest: str
+
+
+def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
+    """Every sample of a split in index order, none skipped. Raises `SkipBudgetExceeded` naming the first unreadable one."""
+    if split not in snapshot.counts:
+        raise BadRequest(f"Snapshot {snapshot.digest[:12]} has no split `{split}`, it has {snapshot.counts}; name another snapshot.")
+    start = sum(snapshot.counts.get(earlier, 0) for earlier in SPLITS[: SPLITS.index(split)])
+    rows = snapshot.index.rows[start : start + snapshot.counts[split]]
+    folder = _folder(snapshot, split, preprocess, rows)
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    keys = tuple(snapshot.index.keys(start, start + len(rows)))
+    if not len(images) == len(rows) == len(keys):
+        raise SnapshotBroken(f"{folder} holds {len(images):,} pictures of {split}, the manifest says {len(rows):,}; remove the folder.")
+    return Pixels(images, rows["label"].astype(np.int64), keys, transform_digest(preprocess))
+
+
+def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArray[np.void]) -> Path:
+    """The folder of this split on this node, built under a lock if need be."""
+    versions = [torchvision.__version__, PIL.__version__]
+    identity = short([snapshot.digest, split, transform_digest(preprocess), versions])
+    cache = NodeCache()
+    folder = cache.root / "pixels" / identity
+    if _whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        if _whole(folder):
+            return folder
+        for stale in (folder, *folder.parent.glob(f"{identity}.*.part")):
+            shutil.rmtree(stale, ignore_errors=True)
+        cache.require_space(len(rows) * 3 * preprocess.size**2)
+        part = Path(tempfile.mkdtemp(prefix=f"{identity}.", suffix=".part", dir=folder.parent))
+        try:
+            _build(part / "images.npy", snapshot, preprocess, rows)
+            (part / "meta.json").write_text(json.dumps({"images_sha256": file_digest(part / "images.npy"), "samples": len(rows)}))
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray[np.void]) -> None:
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
+    cache = NodeCache()
+    bounds = np.flatnonzero(np.diff(rows["shard"], prepend=-1, append=-1))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start, stop in pairwise(bounds):
+            shard = int(rows["shard"][start])
+            entry = snapshot.manifest.shards[shard]
+            fetched = cache.ensure(snapshot.shard_uri(shard), entry.sha256, entry.size)
+            with fetched.path.open("rb") as file:
+
+                def fill(at: int, file: Any = file, key: str = entry.key) -> None:
+                    data = os.pread(file.fileno(), int(rows["size"][at]), int(rows["offset"][at]))
+                    try:
+                        images[at] = eval_transform(decode(data), preprocess).numpy()
+                    except Undecodable as reason:
+                        raise SkipBudgetExceeded(
+                            f"shard {key}, byte {rows['offset'][at]}: a sample {reason}; evaluation allows none."
+                        ) from reason
+
+                for _ in pool.map(fill, range(int(start), int(stop))):
+                    pass
+    images.flush()
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "meta.json").exists()
