@@ -33,6 +33,18 @@ class Ingredient(Closed):
     seconds: float
 
 
+class SweepSummary(Closed):
+    """One line about a sweep, for a list of them."""
+
+    sweep_id: str
+    model: str
+    mlflow_run_id: str
+    status: str = Field(description="As MLflow says it: RUNNING, FINISHED, FAILED or KILLED.")
+    trials: int = Field(description="Planned.")
+    finished: int = Field(description="Counted when the sweep was closed; 0 before.")
+    started_ms: int = Field(description="Milliseconds since 1970.")
+
+
 class GreedyStep(Closed):
     """One decision of the greedy recipe."""
 

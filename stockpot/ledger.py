@@ -1,0 +1,133 @@
+"""The door to the MLflow server: one client, one place for timeouts, one translation of a dead server into a sentence, and runs by
+what they are (`stockpot.kind`, `stockpot.sweep`) instead of by id. `tracking` and `registry` are built on it.
+
+MLflow's own defaults would block a worker for four minutes when the server is gone.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException, RestException
+
+from stockpot.errors import ServerUnreachable, SweepMissing
+
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""MLflow's client settings, where the environment does not say otherwise: 14 s of retries; 60 s for a server that stores a large file."""
+
+
+def address() -> str:
+    """`MLFLOW_TRACKING_URI`. Raises `ServerUnreachable` when it is not set."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise ServerUnreachable(
+            "MLFLOW_TRACKING_URI is not set, so there is no ledger to write to; set it to the address of an MLflow server, "
+            "or start the local one with `stockpot stack up`."
+        )
+    return uri
+
+
+def client() -> MlflowClient:
+    """A client of the server at `MLFLOW_TRACKING_URI`, with `PATIENCE`."""
+    uri = address()
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def check_server(timeout_s: float = 4.0) -> None:
+    """Raises `ServerUnreachable` within `timeout_s` unless the server at `MLFLOW_TRACKING_URI` says it is healthy."""
+    uri = address()
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=timeout_s).raise_for_status()
+    except requests.RequestException as error:
+        raise ServerUnreachable(f"{_silent(uri)} ({error})") from error
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Turns a server that does not answer into `ServerUnreachable`; an answer that refuses stays an `MlflowException`."""
+    try:
+        yield
+    except RestException:
+        raise
+    except (MlflowException, requests.RequestException) as error:
+        if isinstance(error, MlflowException) and "API request to" not in str(error):
+            raise
+        raise ServerUnreachable(f"{_silent(address())} ({str(error).splitlines()[0][:200]})") from error
+
+
+def experiment(model: str) -> str:
+    """The id of the experiment named after the model, created when there is none."""
+    if found := client().get_experiment_by_name(model):
+        return str(found.experiment_id)
+    try:
+        return str(client().create_experiment(model))
+    except RestException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return experiment(model)
+
+
+def create_run(model: str, name: str, tags: dict[str, str]) -> Run:
+    """A new run in the model's experiment."""
+    return client().create_run(experiment(model), tags=tags, run_name=name)
+
+
+def create_child(model: str, name: str, kind: str, sweep_id: str, tags: dict[str, str]) -> Run:
+    """A new run under the sweep's, whichever process created that one."""
+    parent = str(sweep_run(sweep_id).info.run_id)
+    return create_run(model, name, {"stockpot.kind": kind, "stockpot.sweep": sweep_id, "mlflow.parentRunId": parent, **tags})
+
+
+def of_kind(kind: str, sweep_id: str) -> str:
+    """The filter for a sweep's runs of one kind: sweep, trial or soup."""
+    return f"tags.`stockpot.kind` = '{kind}' and tags.`stockpot.sweep` = '{sweep_id}'"
+
+
+def find_run(model: str, kind: str, sweep_id: str, more: str = "") -> Run | None:
+    """The oldest run of that kind, `more` narrowing the filter; None when there is none."""
+    return next(iter(search_runs([experiment(model)], of_kind(kind, sweep_id) + more, "attributes.start_time")), None)
+
+
+def sweep_run(sweep_id: str) -> Run:
+    """The parent run of a sweep, in whichever experiment. Raises `SweepMissing`."""
+    experiments = [one.experiment_id for one in client().search_experiments()]
+    for run in search_runs(experiments, of_kind("sweep", sweep_id), "attributes.start_time"):
+        return run
+    raise SweepMissing(f"The ledger at {address()} has no sweep {sweep_id!r}; `stockpot status` lists the sweeps it has.")
+
+
+def search_runs(experiments: list[str], condition: str, order: str) -> list[Run]:
+    """Every run that meets the condition, over all pages."""
+    found: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client().search_runs(experiments, condition, order_by=[order], page_token=token)
+        found.extend(page)
+        if not (token := page.token):
+            return found
+
+
+def read_text(run: Run, name: str) -> str:
+    """One artifact of a run as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client().download_artifacts(run.info.run_id, name, folder)).read_text()
+
+
+def _silent(uri: str) -> str:
+    return f"No MLflow server answers at MLFLOW_TRACKING_URI={uri}; start it (`stockpot stack up` for the local one) or correct the address"

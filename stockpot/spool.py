@@ -1,0 +1,104 @@
+"""Points on their way to a server that may be slow or gone: written to a local file first, sent from a thread, kept until the server
+has acknowledged them. The caller never waits and never sees an error of the network.
+
+Ignores what a point means; `send` must be idempotent, because a batch whose answer was lost is sent again.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from stockpot.errors import ServerUnreachable
+
+BATCH = 1000
+"""Points in one request: the ledger's limit."""
+
+
+class Point(NamedTuple):
+    """One value of one curve; `timestamp_ms` makes sending it twice harmless."""
+
+    name: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
+Send = Callable[[list[Point]], None]
+
+
+class Spool:
+    """An append-only file of points and the thread that sends them.
+
+    path: the local file; it is removed once everything it holds has been acknowledged.
+    send: stores at most `BATCH` points, raises `ServerUnreachable` when that is not sure.
+    every_s: seconds between two deliveries.
+    """
+
+    def __init__(self, path: Path, send: Send, every_s: float = 2.0) -> None:
+        self._path = path
+        self._send = send
+        self._every_s = every_s
+        self._waiting: list[Point] = []
+        self._lock = threading.Lock()
+        self._delivering = threading.Lock()
+        self._closing = threading.Event()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._waiting.extend(_read(path))
+        self._file = path.open("a")
+        self._thread = threading.Thread(target=self._run, name="stockpot-spool", daemon=True)
+        self._thread.start()
+
+    def add(self, points: list[Point]) -> None:
+        """Keep the points and return at once."""
+        with self._lock:
+            self._file.write("".join(json.dumps(point) + "\n" for point in points))
+            self._file.flush()
+            self._waiting.extend(points)
+
+    def close(self, timeout_s: float = 30.0) -> int:
+        """Try to deliver what is left for at most `timeout_s`; returns the points still not acknowledged (their file then stays)."""
+        self._closing.set()
+        self._thread.join(timeout_s)
+        with self._lock:
+            self._file.close()
+            left = len(self._waiting)
+        if left == 0:
+            self._path.unlink(missing_ok=True)
+        return left
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._every_s):
+            self._deliver()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while batch := self._next():
+            try:
+                self._send(batch)
+            except ServerUnreachable:
+                return
+            with self._lock:
+                del self._waiting[: len(batch)]
+
+    def _next(self) -> list[Point]:
+        with self._lock:
+            return self._waiting[:BATCH]
+
+
+def replay(path: Path, send: Send) -> int:
+    """Send what an earlier process left in `path` and remove it; returns the number of points. Raises `ServerUnreachable`."""
+    points = _read(path)
+    for start in range(0, len(points), BATCH):
+        send(points[start : start + BATCH])
+    path.unlink(missing_ok=True)
+    return len(points)
+
+
+def _read(path: Path) -> list[Point]:
+    """The points of a spool file; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [Point(*json.loads(line)) for line in lines[:-1] if line]
