@@ -92,6 +92,7 @@ def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
     """The run and its children, read again every second until the run has ended."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
     from prefect.exceptions import PrefectHTTPStatusError
 
     away_since: float | None = None
@@ -99,8 +100,10 @@ def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
     with get_client(sync_client=True) as client:
         while True:
             try:
-                run, children = client.read_flow_run(run_id), client.read_flow_runs(flow_run_filter=children_of, limit=200)
+                run, children = client.read_flow_run(run_id), client.read_flow_runs(flow_run_filter=children_of, sort=FlowRunSort.ID_DESC, limit=200)
             except (httpx.TransportError, PrefectHTTPStatusError) as error:
+                if isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error:
+                    raise
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > AWAY_S:
                     raise StockpotError(f"The Prefect server has not answered for {AWAY_S:.0f} s; the run itself may go on.") from error

@@ -24,6 +24,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
@@ -111,7 +112,7 @@ async def unfinished_runs(client: PrefectClient, *tags: str) -> list[FlowRun]:
         tags=FlowRunFilterTags(any_=list(tags)), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
     )
     runs: list[FlowRun] = []
-    while page := await client.read_flow_runs(flow_run_filter=query, limit=PAGE, offset=len(runs)):
+    while page := await client.read_flow_runs(flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(runs)):
         runs += page
     return runs
 
@@ -168,8 +169,10 @@ async def _read(client: PrefectClient, ids: list[UUID]) -> list[FlowRun]:
     try:
         for start in range(0, len(ids), PAGE):
             query = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
-            runs += await client.read_flow_runs(flow_run_filter=query, limit=PAGE)
+            runs += await client.read_flow_runs(flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE)
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        if isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error:
+            raise
         get_run_logger().warning("The Prefect server did not answer (%s); asking again.", type(error).__name__)
     return runs
 

@@ -1,0 +1,158 @@
+"""Promise: a sweep's trials are each brought to an end. A crash is tried again, later and not for ever; a trial's own fault is final;
+a deadline cancels what still runs; runs that an earlier parent left behind are waited for, not doubled.
+
+A real Prefect server and its real API; the worker is played by the test, which sets the states a worker would report.
+"""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+from prefect import flow, runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running
+from prefect.testing.utilities import prefect_test_harness
+
+from stockpot.errors import BadRequest
+from tasks import dispatching
+from tasks.dispatching import Job, run_to_end, unfinished_runs
+
+
+@flow
+def nothing(number: int, attempt: int = 1) -> None:
+    """Never executed: its runs' states are set by the tests."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with prefect_test_harness(server_startup_timeout=120):
+        asyncio.run(_deploy())
+        yield
+
+
+async def _deploy():
+    async with get_client() as client:
+        flow_id = await client.create_flow(nothing)
+        await client.create_deployment(
+            flow_id=flow_id, name="here", parameter_openapi_schema={"type": "object", "properties": {}}, enforce_parameter_schema=False
+        )
+
+
+def jobs(*numbers, sweep):
+    return [Job(f"{sweep}-{n}", "nothing/here", {"number": n}, f"job-{n}", f"trial:{sweep}-{n}", (f"sweep:{sweep}",)) for n in numbers]
+
+
+async def play(sweep, script):
+    """Act as the worker: for each attempt of a job that appears, report the next state of its script."""
+    scripts, seen = {name: list(states) for name, states in script.items()}, set()
+    delays = []
+    async with get_client() as client:
+        while any(scripts.values()):
+            for run in await unfinished_runs(client, f"sweep:{sweep}"):
+                left = scripts.get(run.name.split("-attempt")[0])
+                if run.id not in seen and left:
+                    seen.add(run.id)
+                    delays.append((run.name, (run.expected_start_time - datetime.now(UTC)).total_seconds()))
+                    await client.set_flow_run_state(run.id, Running(), force=True)
+                    if (state := left.pop(0)) is not None:
+                        await client.set_flow_run_state(run.id, state, force=True)
+            await asyncio.sleep(0.2)
+    return delays
+
+
+async def run(sweep, script, **options):
+    wanted = jobs(*sorted({int(name.split("-")[1]) for name in script}), sweep=sweep)
+
+    @flow
+    async def parent():
+        return await run_to_end(wanted, **{"attempts": 3, "retry_delay_s": 5, **options})
+
+    outcomes, delays = await asyncio.gather(parent(), play(sweep, script))
+    return {one.job.name: one for one in outcomes}, delays
+
+
+def test_a_crash_is_tried_again_after_the_delay(server):
+    outcomes, delays = asyncio.run(run("crash", {"job-1": [Crashed(message="exit code -9"), Completed()], "job-2": [Completed()]}))
+    assert {name: (one.state, one.attempt) for name, one in outcomes.items()} == {"job-1": ("finished", 2), "job-2": ("finished", 1)}
+    assert dict(delays)["job-1-attempt-2"] > 2
+
+
+def test_attempts_end(server):
+    outcomes, _ = asyncio.run(run("again", {"job-1": [Crashed(message="exit code -9")] * 3}))
+    assert (outcomes["job-1"].state, outcomes["job-1"].attempt) == ("failed", 3)
+    assert "exit code -9" in outcomes["job-1"].reason
+    assert "attempt 3 of 3" in outcomes["job-1"].reason
+
+
+def test_an_unexpected_failure_is_tried_again_but_a_stated_one_is_final(server):
+    stated = Failed(name="NonFinite", message="The loss of trial 1 is nan at step 7.")
+    outcomes, _ = asyncio.run(run("stated", {"job-1": [stated], "job-2": [Failed(message="ConnectionError"), Completed()]}))
+    assert (outcomes["job-1"].state, outcomes["job-1"].attempt) == ("failed", 1)
+    assert outcomes["job-1"].reason == "The loss of trial 1 is nan at step 7."
+    assert (outcomes["job-2"].state, outcomes["job-2"].attempt) == ("finished", 2)
+
+
+def test_a_trial_cancelled_by_hand_is_final(server):
+    outcomes, _ = asyncio.run(run("hand", {"job-1": [Cancelled(message="by hand")]}))
+    assert (outcomes["job-1"].state, outcomes["job-1"].reason) == ("failed", "by hand")
+
+
+def test_the_deadline_cancels_what_still_runs_and_counts_it_as_late(server):
+    outcomes, _ = asyncio.run(run("late", {"job-1": [None], "job-2": [Completed()]}, deadline_s=6))
+    assert {name: one.state for name, one in outcomes.items()} == {"job-1": "late", "job-2": "finished"}
+    assert "deadline of 6 s" in outcomes["job-1"].reason
+
+    async def state():
+        async with get_client() as client:
+            return (await client.read_flow_run(outcomes["job-1"].flow_run_id)).state.name
+
+    assert asyncio.run(state()) in ("Cancelling", "Cancelled")
+
+
+def test_runs_of_an_earlier_parent_are_waited_for_not_doubled(server):
+    async def scenario():
+        wanted = jobs(1, sweep="orphan")
+
+        @flow
+        async def lost_parent():
+            await dispatching._submit(wanted[0], 1)
+
+        @flow
+        async def next_parent():
+            return await run_to_end(wanted, attempts=3, retry_delay_s=5)
+
+        async def worker():
+            await asyncio.sleep(6)  # well after the next parent has looked around
+            await play("orphan", {"job-1": [Completed()]})
+
+        await lost_parent()
+        outcomes, _ = await asyncio.gather(next_parent(), worker())
+        async with get_client() as client:
+            everything = await client.read_flow_runs(flow_run_filter=FlowRunFilter(tags={"all_": ["sweep:orphan"]}), sort="ID_DESC")
+        return outcomes, everything
+
+    outcomes, everything = asyncio.run(scenario())
+    assert [one.state for one in outcomes] == ["finished"]
+    assert len(everything) == 1
+
+
+def test_a_retried_parent_meets_its_own_children(server):
+    """The same flow run submits the same job twice, as a retried parent does: one child."""
+
+    @flow
+    async def parent():
+        (wanted,) = jobs(1, sweep="twice")
+        return [(await dispatching._submit(wanted, 1)).id for _ in range(2)], runtime.flow_run.id
+
+    (first, second), _ = asyncio.run(parent())
+    assert first == second
+
+
+def test_a_missing_deployment_is_one_sentence(server):
+    @flow
+    async def parent():
+        await run_to_end([Job("k", "nothing/nowhere", {}, "n", "trial:k", ())], attempts=1, retry_delay_s=1)
+
+    with pytest.raises(BadRequest, match="no deployment `nothing/nowhere`; run `stockpot deploy`"):
+        asyncio.run(parent())
