@@ -1,0 +1,99 @@
+"""One trial from ledger to ledger: fetch the init, read the snapshot, fine-tune, evaluate on held_out, record the ingredient.
+
+A trial is complete in itself and known by its digest: one that is already in the ledger is returned, not repeated.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stockpot import inits, tracking
+from stockpot.augmentation import augmentation
+from stockpot.checkpoints import save_weights
+from stockpot.config import Trial
+from stockpot.digests import canonical
+from stockpot.evaluation import accuracy, logits
+from stockpot.models import Classifier, build, load_state
+from stockpot.outcomes import Ingredient
+from stockpot.shards import Pixels, TrainReader, pixels
+from stockpot.snapshots import Snapshot, open_snapshot
+from stockpot.trainer import Batch, train
+
+Say = Callable[[str], None]
+
+
+def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1, say: Say) -> Ingredient:
+    """Run the trial and record its ingredient, or return the one the ledger holds.
+
+    say: called with one line per event. Raises `TrialFailed` (`NonFinite`) when training fails by its own fault, `ModelError` when the
+    init is not the one the trial was drawn for, and whatever the data or the ledger refuse.
+    """
+    done = tracking.find_ingredient(trial.model, trial.id)
+    if done is not None:
+        say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
+        return done.model_copy(update={"index": trial.index})
+    began = time.monotonic()
+    config, state = inits.fetch(trial.init)
+    snapshot = open_snapshot(trial.snapshot)
+    snapshot.require_classes(config.classes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tracking.TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
+        log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest, "device": device})
+        model = build(config)
+        load_state(model, state)
+        step = _train(trial, model, snapshot, device=device, log=log, say=say)
+        held_out = pixels(snapshot, "held_out", config.preprocess)
+        logits_NC = logits(model, held_out.images, config.preprocess, device=device)
+        score = accuracy(logits_NC, held_out.labels)
+        seconds = time.monotonic() - began
+        _write_ingredient(Path(folder), trial, model, logits_NC, held_out)
+        say(f"trial {trial.index:02d} {trial.id} held_out {score.value:.4f} ({score.correct} of {score.seen}) in {seconds:.1f} s")
+        return log.record_ingredient(Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step)
+
+
+def _train(trial: Trial, model: Classifier, snapshot: Snapshot, *, device: str, log: tracking.TrialLog, say: Say) -> int:
+    """Fine-tune in place; returns the number of optimiser steps."""
+    settings, preprocess = trial.settings, model.config.preprocess
+    reader = TrainReader(
+        snapshot,
+        preprocess=preprocess,
+        augment=augmentation(settings.augmentation, preprocess),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        loader_workers=trial.loader_workers,
+        skip_fraction=trial.skip_fraction,
+        # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
+        drop_last=snapshot.counts["train"] >= settings.batch_size,
+    )
+    total_steps = settings.epochs * reader.steps_per_epoch
+
+    def note(metrics: dict[str, float], step: int) -> None:
+        log.metrics({f"train/{name}": value for name, value in metrics.items()}, step)
+        say(f"trial {trial.index:02d} step {step}/{total_steps} loss {metrics['loss']:.4f} lr {metrics['learning_rate']:.2e}")
+
+    def batches(epoch: int) -> Iterable[Batch]:
+        return reader.batches(epoch)
+
+    train(model, settings, batches, steps_per_epoch=reader.steps_per_epoch, preprocess=preprocess, device=device, log=note)
+    log.metrics({f"data/{name}": float(value) for name, value in reader.counters.items()}, total_steps)
+    return total_steps
+
+
+def _write_ingredient(folder: Path, trial: Trial, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:
+    """The four files of an ingredient: weights, per-sample held-out logits, model config and card."""
+    sha256 = save_weights(folder / "model.safetensors", model.state_dict())
+    save_weights(folder / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
+    (folder / "model.json").write_bytes(canonical(model.config))
+    card: dict[str, Any] = {
+        "trial": trial,
+        "weights_sha256": sha256,
+        "held_out": accuracy(logits_NC, held_out.labels),
+        "transform_digest": held_out.transform_digest,
+        "torch": torch.__version__,
+    }
+    (folder / "card.json").write_bytes(canonical(card))
