@@ -89,7 +89,7 @@ def retrain(
     check_prefect()
     if check:
         check_request(wanted)
-    run = start("retrain/stockpot", {"request": wanted.model_dump(mode="json")}, tags=[f"model:{wanted.model}"])
+    run = start("retrain/stockpot", {"request": wanted.model_dump(mode="json")}, name=f"retrain-{wanted.model}", tags=[f"model:{wanted.model}"])
     _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.page}", as_json and not watch)
     if watch:
         _show_sweep(watch_to_end(run), as_json)
@@ -104,12 +104,12 @@ def soup(
     """Cook one sweep again from its finished trials: rank, average, score, register once, pass the gate."""
     from deployments.starting import start, watch_to_end
     from deployments.surroundings import check_prefect
-    from stockpot import tracking
+    from stockpot import ledger, tracking
 
     check_prefect()
-    tracking.check_server()
+    ledger.check_server()
     model = tracking.read_sweep(sweep).request.model
-    run = start("soup/stockpot", {"sweep_id": sweep}, tags=[f"sweep:{sweep}", f"model:{model}", f"soup:{sweep}"])
+    run = start("soup/stockpot", {"sweep_id": sweep}, name=f"soup-{sweep}", tags=[f"sweep:{sweep}", f"model:{model}", f"soup:{sweep}"])
     _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.page}", as_json and not watch)
     if watch:
         _show_sweep(watch_to_end(run), as_json)
@@ -122,9 +122,9 @@ def status(
 ) -> None:
     """What the ledger knows: sweeps, or one sweep's trials, soup and version."""
     from deployments.tables import sweeps_text
-    from stockpot import tracking
+    from stockpot import ledger, tracking
 
-    tracking.check_server()
+    ledger.check_server()
     if sweep is None:
         rows = tracking.list_sweeps()
         _tell([row.model_dump(mode="json") for row in rows], sweeps_text(rows), as_json)

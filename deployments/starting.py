@@ -60,7 +60,7 @@ def _problem(error: Any) -> str:
             return f"`{where}` is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def start(deployment: str, parameters: dict[str, Any], tags: list[str]) -> Started:
+def start(deployment: str, parameters: dict[str, Any], *, name: str, tags: list[str]) -> Started:
     """Create a flow run of a deployment. Raises `BadRequest` when the server has no such deployment."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
@@ -71,7 +71,7 @@ def start(deployment: str, parameters: dict[str, Any], tags: list[str]) -> Start
             found = client.read_deployment_by_name(deployment)
         except ObjectNotFound as error:
             raise BadRequest(f"The Prefect server has no deployment `{deployment}`; create it with `stockpot deploy`.") from error
-        run = client.create_flow_run_from_deployment(found.id, parameters=parameters, tags=tags)
+        run = client.create_flow_run_from_deployment(found.id, name=name, parameters=parameters, tags=tags)
     return Started(run.id, run.name, f"{PREFECT_UI_URL.value()}/runs/flow-run/{run.id}")
 
 

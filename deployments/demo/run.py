@@ -43,7 +43,8 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
             config, weights = _prepare(uris, seed)
         request = demo_request(uris, config, weights, seed)
         with _timed(seconds, "sweep", f"Retraining: {request.sweep.trials} trials, two at a time, then the soup"):
-            sweep_id = watch_to_end(start("retrain/stockpot", {"request": request.model_dump(mode="json")}, tags=["demo", f"model:{request.model}"]))
+            parameters = {"request": request.model_dump(mode="json")}
+            sweep_id = watch_to_end(start("retrain/stockpot", parameters, name=f"retrain-{request.model}", tags=["demo", f"model:{request.model}"]))
         report, version = _results(sweep_id)
         seconds["soup"] = report.seconds
         seconds["sweep"] -= report.seconds
