@@ -7,6 +7,7 @@ only 8 shards at a time. Memory is one group, whatever the number of shards.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class EpochPlan:
         """This rank's ids, batch by batch, without the first `skip` batches. All ranks together read the batches of a single one."""
         pending = np.empty(0, np.int64)
         step = 0
-        for ids in self._groups(epoch):
+        for _, ids in self.groups(epoch):
             pending = np.concatenate([pending, ids])
             while len(pending) >= self.batch_size:
                 if step >= skip:
@@ -71,18 +72,28 @@ class EpochPlan:
         if step < self.steps and step >= skip:
             yield pending[: len(pending) // self.world * self.world][self.rank :: self.world]
 
-    def shard_order(self, epoch: int) -> NDArray[np.int64]:
-        """Shards with samples of this split, in the order they are first needed."""
-        order = self._generator(epoch).permutation(len(self.counts))
-        return order[self.counts[order] > 0]
+    def shards(self, epoch: int) -> Iterator[int]:
+        """Shards that hold samples of this split, in the order they are first needed."""
+        for members, _ in self.groups(epoch):
+            yield from members
 
-    def _groups(self, epoch: int) -> Iterator[NDArray[np.int64]]:
-        starts = self.first + np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+    def groups(self, epoch: int) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
+        """Up to 8 shards, and their samples in the order they are read."""
         generator = self._generator(epoch)
-        order = generator.permutation(len(self.counts))
+        order = generator.permutation(np.flatnonzero(self.counts))
         for at in range(0, len(order), GROUP):
-            members = [np.arange(starts[shard], starts[shard] + self.counts[shard]) for shard in order[at : at + GROUP]]
-            yield generator.permutation(np.concatenate(members))
+            members = order[at : at + GROUP]
+            ids = np.concatenate([np.arange(*self.ids(shard)) for shard in members])
+            yield members.tolist(), generator.permutation(ids)
+
+    def ids(self, shard: int) -> tuple[int, int]:
+        """The range of ids of this split's samples in a shard."""
+        start = int(self._starts[shard])
+        return start, start + int(self.counts[shard])
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return self.first + np.cumsum(self.counts) - self.counts
 
     def _generator(self, epoch: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=derive(self.identity, self.seed, epoch)))

@@ -2,17 +2,23 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from stockpot.errors import DataError
 from stockpot.images import Undecodable, decode
 
 UNREADABLE = "unreadable image"
+
+KEPT = 20
+"""Examples kept of each kind of problem; all are counted."""
 
 ROWS = pa.schema(
     [
@@ -52,23 +58,41 @@ class ProblemsFound(DataError):
 
 @dataclass
 class Problems:
-    """Everything found so far; at most `KEPT` examples of a kind are kept, all are counted."""
+    """Everything found so far."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
-
-    KEPT = 20
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Members that are no part of a sample, by kind: said, but no problem."""
 
     def add(self, kind: str, shard: str, sample: str, detail: str) -> None:
         """Count one problem."""
         self.counts[kind] += 1
-        if len(self.examples[kind]) < self.KEPT:
+        if len(self.examples[kind]) < KEPT:
             self.examples[kind].append(Problem(kind, shard, sample, detail))
+
+    def merge(self, other: "Problems") -> None:
+        """Add what was found in another shard."""
+        self.counts.update(other.counts)
+        self.ignored.update(other.ignored)
+        for kind, examples in other.examples.items():
+            self.examples[kind] = (self.examples[kind] + examples)[:KEPT]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; `Problems.from_plain` reads them back."""
+        return {"counts": self.counts, "examples": dict(self.examples), "ignored": self.ignored}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Problems":
+        """The inverse of `plain`."""
+        read = cls(Counter(plain["counts"]), ignored=Counter(plain["ignored"]))
+        read.examples.update({kind: [Problem(*example) for example in examples] for kind, examples in plain["examples"].items()})
+        return read
 
     def add_duplicates(self, rows: pa.Table, shard_names: list[str]) -> None:
         """Keys that occur more than once, anywhere in the dataset."""
         grouped = rows.select(["key", "shard"]).group_by("key").aggregate([("shard", "min"), ("shard", "max"), ("key", "count")])
-        for row in grouped.filter(pa.compute.greater(grouped["key_count"], 1)).to_pylist():
+        for row in grouped.filter(pc.greater(grouped["key_count"], 1)).to_pylist():
             first, last = shard_names[row["shard_min"]], shard_names[row["shard_max"]]
             self.add("duplicate key", first, row["key"], f"found {row['key_count']} times, the last in shard {last}; keys must be unique")
 
@@ -79,53 +103,62 @@ class Problems:
         if total == unreadable and unreadable <= skip_fraction * samples:
             return unreadable
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
-        first = next(iter(example for kind, _ in self.counts.most_common() for example in self.examples[kind]))
-        raise ProblemsFound(f"The source has {total:,} problems in {samples:,} samples ({kinds}), 0 are needed. First: {first}.", self)
+        first = next(example for kind, _ in self.counts.most_common() for example in self.examples[kind])
+        raise ProblemsFound(f"Found {total:,} problems in {samples:,} samples ({kinds}), needed 0. First: {first}.", self)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample whose picture lies at `offset` of a shard."""
+
+    key: str
+    offset: int
+    image: bytes
+    label: int
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Examiner:
-    """Turns one sample into its row, noting what is wrong with it."""
+    """Turns the samples of a shard into rows, noting what is wrong with them."""
 
-    classes: tuple[str, ...]
-    problems: Problems
+    classes: tuple[str, ...] | None
     group_by: str = "pixels"
 
-    def row(
-        self, shard: int, shard_name: str, key: str, offset: int, image: bytes, label: int, fields: Mapping[str, Any], extension: str
-    ) -> dict[str, Any]:
-        """The row of a sample whose image bytes lie at `offset` of its shard."""
-        if not 0 <= label < len(self.classes):
-            self.problems.add("label out of range", shard_name, key, f"label {label} is outside 0..{len(self.classes) - 1}")
-        digest, readable = self._digest(image, shard_name, f"{key}.{extension}")
+    def rows(self, shard: int, name: str, candidates: list[Candidate], pool: ThreadPoolExecutor, problems: Problems) -> pa.Table:
+        """Rows of the shard at place `shard` of the manifest, in the given order. Pictures are decoded in the pool."""
+        digests = list(pool.map(_digest, (candidate.image for candidate in candidates)))
+        return pa.Table.from_pylist(
+            [self._row(shard, name, sample, seen, problems) for sample, seen in zip(candidates, digests, strict=True)], schema=ROWS
+        )
+
+    def _row(self, shard: int, name: str, sample: Candidate, seen: bytes | str, problems: Problems) -> dict[str, Any]:
+        if sample.label < 0 or (self.classes and sample.label >= len(self.classes)):
+            highest = len(self.classes) - 1 if self.classes else "the number of classes"
+            problems.add("label out of range", name, sample.key, f"label {sample.label} is outside 0..{highest}")
+        if isinstance(seen, str):
+            problems.add(UNREADABLE, name, sample.key, seen)
+        digest = hashlib.sha256(sample.image).digest() if isinstance(seen, str) else seen
         return {
-            "key": key, "shard": shard, "offset": offset, "size": len(image), "label": label,
-            "digest": digest, "group": self._group(digest, fields, shard_name, key), "readable": readable,
+            "key": sample.key, "shard": shard, "offset": sample.offset, "size": len(sample.image), "label": sample.label,
+            "digest": digest, "group": self._group(digest, sample, name, problems), "readable": not isinstance(seen, str),
         }  # fmt: skip
 
-    def _digest(self, image: bytes, shard: str, name: str) -> tuple[bytes, bool]:
-        try:
-            pixels = decode(image)
-        except Undecodable as reason:
-            self.problems.add(UNREADABLE, shard, name, str(reason))
-            return hashlib.sha256(image).digest(), False
-        return pixel_digest(pixels.numpy()), True
-
-    def _group(self, digest: bytes, fields: Mapping[str, Any], shard: str, key: str) -> bytes:
+    def _group(self, digest: bytes, sample: Candidate, name: str, problems: Problems) -> bytes:
         if self.group_by == "pixels":
             return digest
-        if self.group_by not in fields:
-            self.problems.add("missing group field", shard, key, f"its json has no `{self.group_by}`, which the splits are grouped by")
-        return str(fields.get(self.group_by)).encode()
+        if self.group_by not in sample.fields:
+            problems.add("missing group field", name, sample.key, f"its json has no `{self.group_by}`, which the splits are grouped by")
+        return str(sample.fields.get(self.group_by)).encode()
 
 
-def pixel_digest(pixels_3HW: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+def pixel_digest(pixels_3HW: NDArray[np.uint8]) -> bytes:
     """sha256 of the decoded image and its shape: equal for the same picture in another file format."""
     return hashlib.sha256(repr(pixels_3HW.shape).encode() + np.ascontiguousarray(pixels_3HW).tobytes()).digest()
 
 
-def table_lines(problems: Problems) -> Iterable[tuple[str, str, str, str, int]]:
-    """Rows of the report: problem, shard, sample, detail, count of that kind."""
-    for kind, count in problems.counts.most_common():
-        for example in problems.examples[kind]:
-            yield kind, example.shard, example.sample, example.detail, count
+def _digest(image: bytes) -> bytes | str:
+    try:
+        return pixel_digest(decode(image).numpy())
+    except Undecodable as reason:
+        return str(reason)

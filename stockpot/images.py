@@ -16,8 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from stockpot.config import Preprocess
 from stockpot.digests import short
@@ -40,7 +39,8 @@ def decode(data: bytes) -> Tensor:
     try:
         if data[:2] == b"\xff\xd8" and _jpeg_components(data) in (1, 3):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            image: Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return image
         return _decode_with_pillow(data)
     except (RuntimeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -7,7 +7,6 @@ the samples of one shard in one split are a range too. Readers therefore hold no
 import os
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,9 @@ from stockpot.errors import SnapshotBroken
 
 HOT = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
 """What reading one sample needs: the shard's place in the manifest, the image's bytes in it, the label."""
+
+GROUP_ROWS = 2**16
+"""Rows of a parquet row group: what one look-up of keys reads."""
 
 SCHEMA = pa.schema(
     [
@@ -52,27 +54,22 @@ class Index:
             raise SnapshotBroken(f"The index {parquet.name} has {len(rows):,} rows, the manifest says {samples:,} samples.")
         return cls(parquet, rows)
 
-    def key(self, sample: int) -> str:
-        """The key of one sample, for messages."""
-        return self.keys(sample, sample + 1)[0]
-
     def keys(self, start: int, stop: int) -> list[str]:
-        """Keys of a range of ids."""
-        return [str(key) for key in self._keys[start:stop].to_pylist()]
+        """Keys of a range of ids; only the row groups that hold them are read."""
+        return [str(key) for key in self.column("key", start, stop).to_pylist()]
 
-    def digests(self, start: int, stop: int) -> set[bytes]:
-        """Digests of the decoded pixels of a range of ids."""
-        return set(pq.read_table(self.parquet, columns=["digest"])["digest"][start:stop].to_pylist())
-
-    @cached_property
-    def _keys(self) -> pa.ChunkedArray:
-        return pq.read_table(self.parquet, columns=["key"])["key"]
+    def column(self, name: str, start: int, stop: int) -> pa.ChunkedArray:
+        """A cold column (`key`, `digest`) over a range of ids."""
+        first, last = start // GROUP_ROWS, max(start, stop - 1) // GROUP_ROWS
+        with pq.ParquetFile(self.parquet) as file:
+            table = file.read_row_groups(list(range(first, last + 1)), columns=[name])
+        return table[name].slice(start - first * GROUP_ROWS, stop - start)
 
 
 def write_parquet(table: pa.Table, path: Path) -> pa.Table:
     """Sort the rows into index order and write them; returns the sorted table. Equal rows give equal bytes (of one pyarrow version)."""
     ordered = table.take(pc.sort_indices(table, sort_keys=[("split", "ascending"), ("shard", "ascending"), ("offset", "ascending")]))
-    pq.write_table(ordered.combine_chunks(), path, compression="zstd", row_group_size=2**17, store_schema=False)
+    pq.write_table(ordered.combine_chunks(), path, compression="zstd", row_group_size=GROUP_ROWS, store_schema=False)
     return ordered
 
 

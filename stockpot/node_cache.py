@@ -7,9 +7,9 @@ releases when the holder dies. Local disks only: the lock does not work on NFS.
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +17,7 @@ from pathlib import Path
 
 from stockpot import storage
 from stockpot.errors import DataError, SnapshotBroken
-from stockpot.storage import Interrupted
 
-ATTEMPTS = 5
-DEADLINE_S = 50
-"""Longest time without one new byte, over all attempts."""
 SPARE_BYTES = 512 * 2**20
 """Left free on the disk."""
 
@@ -52,7 +48,7 @@ class NodeCache:
         """Where a content lies, once it is there."""
         return self.root / "sha256" / sha256[:2] / f"{sha256}{suffix}"
 
-    def ensure(self, uri: str, sha256: str, size: int, suffix: str = ".tar") -> Fetched:
+    def ensure(self, uri: str, sha256: str, size: int, suffix: str = ".tar", etag: str | None = None) -> Fetched:
         """The local file with this content, fetched if need be. Raises `SnapshotBroken` when the object has other bytes."""
         target = self.path(sha256, suffix)
         if target.exists():
@@ -61,61 +57,122 @@ class NodeCache:
         with locked(target.with_suffix(".lock")):
             if target.exists():
                 return Fetched(target, hit=True)
-            for stale in target.parent.glob(f"{target.stem}.*.part"):
+            for stale in target.parent.glob(f"{target.stem}.*.part"):  # of a process that died with the lock
                 stale.unlink()
             self.require_space(size)
-            return _fetch(uri, sha256, size, target)
+            return _fetch(uri, sha256, size, target, etag)
+
+    def free(self) -> int:
+        """Bytes this node may still fill."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return max(0, shutil.disk_usage(self.root).free - SPARE_BYTES)
 
     def require_space(self, size: int) -> None:
-        """Raise `DataError` unless that many bytes, and some to spare, are free."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.root).free
-        if free < size + SPARE_BYTES:
+        """Raise `DataError` unless that many bytes can be had, evicting what no one reads."""
+        if self.free() < size:
+            self.evict(size)
+        if (free := self.free()) < size:
             raise DataError(
                 f"The node cache needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {self.root}; free some space, or point "
                 "XDG_CACHE_HOME at a larger disk."
             )
 
+    def evictable(self, own: list[str]) -> int:
+        """Bytes that could be had: free ones, and files of the cache that are neither held nor in `own`."""
+        with locked(self.root / "janitor.lock"):
+            kept = set(own).union(*(_held(active) for active in (self.root / "active").glob("*.json")))
+        files = self.root.glob("sha256/*/*")
+        return self.free() + sum(path.lstat().st_size for path in files if path.name.split(".")[0] not in kept)
+
+    @contextmanager
+    def hold(self, snapshot: str, contents: list[str]) -> Iterator[None]:
+        """Keep files of these sha256 from eviction while the block runs, or until this process dies. `snapshot`: its digest."""
+        folder = self.root / "active"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{snapshot}.json"
+        with locked(self.root / "janitor.lock"):
+            if not path.exists():
+                path.write_text(json.dumps(contents))
+            file = path.open("rb")
+            fcntl.flock(file, fcntl.LOCK_SH)
+        with file:
+            yield
+
+    def evict(self, wanted: int) -> int:
+        """Remove what was fetched or built longest ago until `wanted` bytes are free, parts of dead processes included; never anything of
+        a snapshot that is held. Returns the number of files and folders removed."""
+        with locked(self.root / "janitor.lock"):
+            held = {active.stem: _held(active) for active in (self.root / "active").glob("*.json")}
+            kept = {sha256 for contents in held.values() for sha256 in contents}
+            prefixes = tuple(digest[:12] for digest, contents in held.items() if contents)
+            removed = 0
+            found = [path for path in (*self.root.glob("sha256/*/*"), *self.root.glob("pixels/*")) if path.suffix != ".lock"]
+            for path in sorted(found, key=lambda path: path.lstat().st_mtime):
+                if self.free() >= wanted:
+                    break
+                if path.name.split(".")[0] in kept or path.name.startswith(prefixes) or not _unlocked(path):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                removed += 1
+            return removed
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the exclusive lock of a file; the kernel releases it however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _fetch(uri: str, sha256: str, size: int, target: Path) -> Fetched:
+def _unlocked(path: Path) -> bool:
+    """Whether no process is fetching this file."""
+    lock = path.parent / f"{path.name.split('.')[0]}.lock"
+    if not lock.exists():
+        return True
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _held(active: Path) -> list[str]:
+    """Contents of an active snapshot; of one that no process holds any more: none, and it is forgotten."""
+    with active.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return list(map(str, json.load(file)))
+        active.unlink()
+    return []
+
+
+def _fetch(uri: str, sha256: str, size: int, target: Path, etag: str | None) -> Fetched:
     part = target.with_suffix(f".{os.getpid()}.part")
-    body, hasher = storage.open_body(uri), hashlib.sha256()
-    retries, last_byte = 0, time.monotonic()
+    hasher = hashlib.sha256()
     try:
         with part.open("wb") as file:
 
             def sink(piece: bytes) -> None:
-                nonlocal last_byte
                 file.write(piece)
                 hasher.update(piece)
-                last_byte = time.monotonic()
 
-            while True:
-                try:
-                    body.read_into(sink)
-                    break
-                except Interrupted:
-                    retries += 1
-                    if retries >= ATTEMPTS or time.monotonic() - last_byte > DEADLINE_S:
-                        raise
-                    time.sleep(min(0.1 * 2**retries, 2))
+            fetched = storage.fetch(uri, sink, etag=etag)
             file.flush()
             os.fsync(file.fileno())
-        if (body.offset, hasher.hexdigest()) != (size, sha256):
+        if (fetched.size, hasher.hexdigest()) != (size, sha256):
             raise SnapshotBroken(
-                f"{uri} has {body.offset:,} bytes with sha256 {hasher.hexdigest()[:12]}, the manifest says {size:,} bytes with {sha256[:12]}: "
-                "the object was damaged or replaced. Restore it, or publish a new snapshot."
+                f"Shard {uri} has {fetched.size:,} bytes with sha256 {hasher.hexdigest()[:12]}, the manifest says {size:,} bytes with "
+                f"{sha256[:12]}: the object was damaged or replaced. Restore it, or publish a new snapshot."
             )
         part.chmod(0o444)
         part.rename(target)
     finally:
         part.unlink(missing_ok=True)
-    return Fetched(target, hit=False, read_bytes=body.offset, retries=retries)
+    return Fetched(target, hit=False, read_bytes=fetched.size, retries=fetched.retries)

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from stockpot.config import Preprocess
 from stockpot.digests import file_digest, short
-from stockpot.errors import BadRequest, SkipBudgetExceeded, SnapshotBroken
+from stockpot.errors import SkipBudgetExceeded, SnapshotBroken
 from stockpot.images import Undecodable, decode, eval_transform, transform_digest
 from stockpot.node_cache import NodeCache, locked
 from stockpot.snapshots import Snapshot
-from stockpot.splits import SPLITS
 
 # N samples of the split, S side in pixels
 
@@ -39,12 +38,11 @@ class Pixels:
 
 def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
     """Every sample of a split in index order, none skipped. Raises `SkipBudgetExceeded` naming the first unreadable one."""
-    if split not in snapshot.counts:
-        raise BadRequest(f"Snapshot {snapshot.digest[:12]} has no split `{split}`, it has {snapshot.counts}; name another snapshot.")
-    start = sum(snapshot.counts.get(earlier, 0) for earlier in SPLITS[: SPLITS.index(split)])
+    start = snapshot.first(split)
     rows = snapshot.index.rows[start : start + snapshot.counts[split]]
-    folder = _folder(snapshot, split, preprocess, rows)
-    images = np.load(folder / "images.npy", mmap_mode="r")
+    with NodeCache().hold(snapshot.digest, snapshot.contents):
+        folder = _folder(snapshot, split, preprocess, rows)
+        images = np.load(folder / "images.npy", mmap_mode="r")
     keys = tuple(snapshot.index.keys(start, start + len(rows)))
     if not len(images) == len(rows) == len(keys):
         raise SnapshotBroken(f"{folder} holds {len(images):,} pictures of {split}, the manifest says {len(rows):,}; remove the folder.")
@@ -54,7 +52,7 @@ def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
 def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArray[np.void]) -> Path:
     """The folder of this split on this node, built under a lock if need be."""
     versions = [torchvision.__version__, PIL.__version__]
-    identity = short([snapshot.digest, split, transform_digest(preprocess), versions])
+    identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), versions])}"
     cache = NodeCache()
     folder = cache.root / "pixels" / identity
     if _whole(folder):
@@ -78,16 +76,13 @@ def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArra
 
 def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray[np.void]) -> None:
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
-    cache = NodeCache()
     bounds = np.flatnonzero(np.diff(rows["shard"], prepend=-1, append=-1))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start, stop in pairwise(bounds):
             shard = int(rows["shard"][start])
-            entry = snapshot.manifest.shards[shard]
-            fetched = cache.ensure(snapshot.shard_uri(shard), entry.sha256, entry.size)
-            with fetched.path.open("rb") as file:
+            with snapshot.fetch_shard(shard).path.open("rb") as file:
 
-                def fill(at: int, file: Any = file, key: str = entry.key) -> None:
+                def fill(at: int, file: Any = file, key: str = snapshot.manifest.shards[shard].key) -> None:
                     data = os.pread(file.fileno(), int(rows["size"][at]), int(rows["offset"][at]))
                     try:
                         images[at] = eval_transform(decode(data), preprocess).numpy()

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import fsspec.asyn
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
@@ -22,7 +23,9 @@ from fsspec.exceptions import FSTimeoutError
 
 from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused
 
-CONNECT_S, READ_S, CALL_S = 4, 15, 60
+CONNECT_S, CALL_S = 4, 60
+SILENCE_S = 10
+"""Longest wait for the next bytes of a body before the connection counts as dead."""
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
 READ_BYTES = 2**20
 
@@ -52,7 +55,7 @@ def filesystem() -> s3fs.S3FileSystem:
 def _filesystem(pid: int, environment: tuple[str | None, ...]) -> s3fs.S3FileSystem:
     del pid, environment  # the key only
     client = s3fs.S3FileSystem(
-        config_kwargs={"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"max_attempts": 1}, "max_pool_connections": 32},
+        config_kwargs={"connect_timeout": CONNECT_S, "read_timeout": 15, "retries": {"max_attempts": 1}, "max_pool_connections": 32},
         skip_instance_cache=True,
         use_listings_cache=False,
         max_concurrency=PARTS_AT_ONCE,
@@ -75,15 +78,10 @@ def call(uri: str, method: str, timeout_s: float = CALL_S, **arguments: Any) -> 
         return filesystem().call_s3(method, timeout=timeout_s, **place, **arguments)
 
 
-def read_bytes(uri: str, timeout_s: float = CALL_S) -> bytes:
-    """The whole object. For objects of any size that fits in memory; shards go through `Body`."""
-    with said(uri, timeout_s):
-        return bytes(filesystem().cat_file(uri, max_concurrency=1))
-
-
 def write_bytes(uri: str, data: bytes, *, create: bool = False) -> None:
     """PUT; `create` asks the server to refuse if the object exists (If-None-Match), which decides races between writers."""
-    call(uri, "put_object", Body=data, **({"IfNoneMatch": "*"} if create else {}))
+    condition: dict[str, Any] = {"IfNoneMatch": "*"} if create else {}
+    call(uri, "put_object", Body=data, **condition)
 
 
 def upload(path: Path, uri: str, *, create: bool = False) -> None:
@@ -104,7 +102,7 @@ def exists(uri: str) -> bool:
 def list_prefix(uri: str) -> Iterator[StoredObject]:
     """Every object whose key starts with the prefix, in key order, page by page. A missing bucket raises."""
     bucket, prefix = split(uri)
-    token: dict[str, str] = {}
+    token: dict[str, Any] = {}
     while True:
         page = call(uri, "list_objects_v2", Prefix=prefix, **token)
         for item in page.get("Contents", ()):
@@ -137,39 +135,47 @@ class Body:
     """One object's bytes, read forward and resumed by range after a cut; guarded by If-Match, so a replaced object is an error.
 
     `read_into(sink)` hands pieces of up to 1 MiB to `sink` until the end. It raises `Interrupted` when the connection ends early
-    or is silent for 15 s; calling it again goes on from `offset`.
+    or is silent for 10 s; calling it again goes on from `offset`.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, etag: str | None = None) -> None:
         self.uri = uri
         self.offset = 0
         self.size: int | None = None
-        self._etag: str | None = None
+        self.etag = etag
 
-    def read_into(self, sink: Callable[[bytes], Any], timeout_s: float = READ_S) -> None:
-        """Read from `offset` to the end. `timeout_s` is the longest silence, not the whole time."""
+    def read_into(self, sink: Callable[[bytes], Any]) -> None:
+        """Read from `offset` to the end."""
         client = filesystem()
-        with said(self.uri, timeout_s):
-            fsspec.asyn.sync(client.loop, self._read_into, client, sink, timeout_s)
+        with said(self.uri, SILENCE_S):
+            fsspec.asyn.sync(client.loop, self._read_into, client, sink)
 
-    async def _read_into(self, client: s3fs.S3FileSystem, sink: Callable[[bytes], Any], timeout_s: float) -> None:
+    async def _read_into(self, client: s3fs.S3FileSystem, sink: Callable[[bytes], Any]) -> None:
         bucket, key = split(self.uri)
         guard = {"Range": f"bytes={self.offset}-"} if self.offset else {}
-        guard |= {"IfMatch": self._etag} if self._etag else {}
-        answer = await asyncio.wait_for(client._call_s3("get_object", Bucket=bucket, Key=key, **guard), 2 * timeout_s)
-        self._etag = answer["ETag"]
+        guard |= {"IfMatch": f'"{self.etag}"'} if self.etag else {}
+        try:
+            answer = await asyncio.wait_for(client._call_s3("get_object", Bucket=bucket, Key=key, **guard), SILENCE_S)
+        except TimeoutError as error:
+            raise self._interrupted(f"no answer for {SILENCE_S} s") from error
+        self.etag = answer["ETag"].strip('"')
         self.size = self.offset + answer["ContentLength"]
         async with answer["Body"] as body:
             while self.offset < self.size:
                 try:
-                    piece = await asyncio.wait_for(body.read(READ_BYTES), timeout_s)
-                except Exception as error:  # aiohttp, botocore and asyncio each have their own for one fact: no more bytes came
-                    reason = str(error) or type(error).__name__
-                    raise Interrupted(f"{self.uri} stopped after {self.offset:,} of {self.size:,} bytes ({reason}; {_where()}).") from error
+                    piece = await asyncio.wait_for(body.read(READ_BYTES), SILENCE_S)
+                except TimeoutError as error:
+                    raise self._interrupted(f"no byte for {SILENCE_S} s") from error
+                except (OSError, BotoCoreError, aiohttp.ClientError) as error:
+                    raise self._interrupted(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
                 if not piece:
-                    raise Interrupted(f"{self.uri} ended after {self.offset:,} of {self.size:,} bytes ({_where()}).")
+                    raise self._interrupted("the connection was closed")
                 sink(piece)
                 self.offset += len(piece)
+
+    def _interrupted(self, reason: str) -> Interrupted:
+        of = f" of {self.size:,}" if self.size is not None else ""
+        return Interrupted(f"{self.uri} stopped after {self.offset:,}{of} bytes ({reason}; {_where()}).")
 
 
 @contextmanager
@@ -192,7 +198,9 @@ def said(uri: str, timeout_s: float) -> Iterator[None]:
     except (FileExistsError, ClientError, OSError) as error:
         code = _code(error)
         if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
-            raise ObjectExists(f"{uri} is not what this writer or reader last saw: another one has written it ({_where()}).") from error
+            raise ObjectExists(
+                f"{uri} was written by another process meanwhile ({_where()}); read it again, or write elsewhere."
+            ) from error
         if isinstance(error, (FSTimeoutError, TimeoutError)) or not code:
             raise ServerUnreachable(_unreachable(error, timeout_s)) from error
         raise StorageError(f"S3 answered {code} for {uri} ({_where()}): {_reason(error)}") from error

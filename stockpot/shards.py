@@ -4,28 +4,36 @@ A sample is read by its place in a verified shard file of the node cache (one `p
 here reads RANK, WORLD_SIZE, WDS_* or any other variable of the environment but the cache's and the store's own.
 """
 
-import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import logging
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import repeat
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from stockpot.batching import Made, Maker, Wanted
 from stockpot.config import Preprocess
-from stockpot.epochs import EpochPlan, derive
-from stockpot.errors import BadRequest, SkipBudgetExceeded
-from stockpot.images import Augment, Undecodable, decode, eval_transform, transform_digest
-from stockpot.node_cache import NodeCache
+from stockpot.epochs import EpochPlan
+from stockpot.errors import SkipBudgetExceeded
+from stockpot.images import Augment, decode, eval_transform, transform_digest
+from stockpot.node_cache import Fetched, NodeCache
 from stockpot.pixel_store import Pixels, pixels
 from stockpot.snapshots import Snapshot
-from stockpot.splits import SPLITS
+from stockpot.streaming import StreamedBytes
 
 __all__ = ["Augment", "Batch", "Pixels", "TrainReader", "decode", "eval_transform", "pixels", "transform_digest"]
+
+Reading = Literal["auto", "cached", "streamed"]
+
+logger = logging.getLogger(__name__)
+
+FETCHED_AT_ONCE = 4
 
 # B images of a batch, S side in pixels
 
@@ -39,28 +47,13 @@ class Batch(NamedTuple):
     """int64 B."""
 
 
-class _Wanted(NamedTuple):
-    """One batch to make."""
-
-    epoch: int
-    ids: NDArray[np.int64]
-
-
-class _Made(NamedTuple):
-    """One batch made, and what it took."""
-
-    images: Tensor
-    labels: Tensor
-    counts: dict[str, int]
-    skipped: list[str]
-
-
 class TrainReader:
-    """The train split in batches.
+    """One split in batches, for training.
 
-    The order depends only on (snapshot, seed, epoch): not on `loader_workers`, and `batches(epoch, skip=n)` goes on exactly where n batches
-    left off. `batch_size` is over all ranks; each of `world` ranks gets its share of every batch. `augment` gets the decoded image and
-    a seed derived from (seed, epoch, sample); None stands for the evaluation transform.
+    The order depends only on (snapshot, seed, epoch): not on `loader_workers` or `reading`, and `batches(epoch, skip=n)` goes on exactly
+    where n batches left off. `batch_size` is over all ranks; each of `world` ranks gets its share of every batch. `augment` gets the
+    decoded image and a seed derived from (seed, epoch, sample); None stands for the evaluation transform. `reading` is `cached` (shards on
+    this node's disk), `streamed` (nothing on disk), or `auto`: cached where the snapshot fits, said through `say`.
     """
 
     def __init__(
@@ -77,20 +70,18 @@ class TrainReader:
         world: int = 1,
         drop_last: bool = False,
         split: str = "train",
+        reading: Reading = "auto",
+        say: Callable[[str], None] = logger.info,
     ) -> None:
-        if split not in snapshot.counts:
-            raise BadRequest(f"Snapshot {snapshot.digest[:12]} has no split `{split}`, it has {snapshot.counts}; name another snapshot.")
         counts = np.array([shard.counts.get(split, 0) for shard in snapshot.manifest.shards], np.int64)
-        first = sum(snapshot.counts.get(earlier, 0) for earlier in SPLITS[: SPLITS.index(split)])
-        self.plan = EpochPlan(snapshot.digest, counts, first, seed, batch_size, rank, world, drop_last)
-        self.snapshot = snapshot
-        self.loader_workers = loader_workers
-        self.skip_fraction = skip_fraction
+        self.plan = EpochPlan(snapshot.digest, counts, snapshot.first(split), seed, batch_size, rank, world, drop_last)
+        self.snapshot, self.loader_workers, self.skip_fraction = snapshot, loader_workers, skip_fraction
+        self.reading = choose_reading(snapshot, reading, say)
         self.counters: Counter[str] = Counter(planned=0, read=0, skipped=0, bytes_from_storage=0, cache_hits=0, retries=0)
         self.skipped: list[str] = []
-        self._wanted = _Schedule()
-        self._samples = _Samples(snapshot, preprocess, augment, seed)
-        self._loader: DataLoader[_Made] | None = None
+        self._maker = Maker(snapshot, preprocess, augment, seed)
+        self._schedule = _Schedule()
+        self._loader: DataLoader[Made] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,105 +89,101 @@ class TrainReader:
         return self.plan.steps
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, without the first `skip`. Raises `SnapshotBroken`, or `SkipBudgetExceeded` with the first sample."""
-        planned = self.plan.planned
-        skipped_before = self.counters["skipped"]
-        self._wanted.plan, self._wanted.epoch, self._wanted.skip = self.plan, epoch, skip
-        for made in self._made():
-            self.counters.update(made.counts)
-            self.skipped += made.skipped
-            skipped = self.counters["skipped"] - skipped_before
-            if skipped > self.skip_fraction * planned or not len(made.labels):
-                raise SkipBudgetExceeded(
-                    f"{skipped:,} of {planned:,} samples of epoch {epoch} are unreadable, {int(self.skip_fraction * planned):,} are allowed "
-                    f"(skip_fraction {self.skip_fraction:g}). First: {self.skipped[0]}."
-                )
-            yield Batch(made.images, made.labels)
+        """The batches of an epoch, without the first `skip`. Raises `SnapshotBroken`, or `SkipBudgetExceeded` naming a sample."""
+        allowed = int(self.skip_fraction * self.plan.planned)
+        skipped = 0
+        with closing(self._streamed(epoch, skip) if self.reading == "streamed" else self._cached(epoch, skip)) as source:
+            for made in source:
+                self.counters.update(made.counts)
+                self.skipped += made.skipped
+                skipped += len(made.skipped)
+                if skipped > allowed or not len(made.labels):
+                    raise SkipBudgetExceeded(
+                        f"{skipped:,} of {self.plan.planned:,} samples of epoch {epoch} are unreadable, {allowed:,} are allowed "
+                        f"(skip_fraction {self.skip_fraction:g}). First: {made.skipped[0]}. Repair it, or allow a fraction of train."
+                    )
+                yield Batch(made.images, made.labels)
 
-    def _made(self) -> Iterator[_Made]:
-        if not self.loader_workers:
-            for wanted in self._wanted:
-                yield self._samples[wanted]
-            return
+    def _cached(self, epoch: int, skip: int) -> Generator[Made, None, None]:
+        """From the node cache, which is filled in the order of need while batches are made."""
+        with NodeCache().hold(self.snapshot.digest, self.snapshot.contents), self._filling(epoch) as settle:
+            self._schedule.plan, self._schedule.epoch, self._schedule.skip = self.plan, epoch, skip
+            for made in self._loaded() if self.loader_workers else map(self._maker.make, self._schedule):
+                settle(wait=False)
+                yield made
+            settle(wait=True)
+
+    @contextmanager
+    def _filling(self, epoch: int) -> Iterator[Callable[..., None]]:
+        """Fetch the epoch's shards in the background; `settle` counts what arrived and raises what failed."""
+        pending: deque[Future[Fetched]] = deque()
+
+        def settle(*, wait: bool) -> None:
+            while pending and (wait or pending[0].done()):
+                fetched = pending.popleft().result()
+                self.counters.update(bytes_from_storage=fetched.read_bytes, cache_hits=int(fetched.hit), retries=fetched.retries)
+
+        with ThreadPoolExecutor(FETCHED_AT_ONCE, "stockpot-fill") as pool:
+            pending.extend(pool.submit(self.snapshot.fetch_shard, shard) for shard in self.plan.shards(epoch))
+            try:
+                yield settle
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _loaded(self) -> Iterator[Made]:
         if self._loader is None:
             self.snapshot.index  # noqa: B018  fetched once here, not by every worker
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["stockpot.shards"])
             self._loader = DataLoader(
-                self._samples,
+                self._maker,
                 batch_size=None,
-                sampler=self._wanted,
+                sampler=self._schedule,
                 num_workers=self.loader_workers,
                 collate_fn=_as_it_is,
-                multiprocessing_context="forkserver",
+                multiprocessing_context=context,
                 persistent_workers=True,
-                prefetch_factor=2,
+                prefetch_factor=3,
             )
         yield from self._loader
 
+    def _streamed(self, epoch: int, skip: int) -> Generator[Made, None, None]:
+        """From storage; pictures are decoded by `loader_workers` threads of this process (decoding releases the interpreter lock)."""
+        stream = StreamedBytes(self.snapshot, self.plan, epoch, skip)
+        with stream.running(), ThreadPoolExecutor(max(1, self.loader_workers), "stockpot-decode") as pool:
+            for ids in self.plan.batches(epoch, skip):
+                data = [stream.read(sample) for sample in ids.tolist()]
+                yield self._maker.assemble(Wanted(epoch, ids), list(pool.map(self._maker.image, data, ids.tolist(), repeat(epoch))))
+                stream.done_with(int(ids[-1]))
+        self.counters.update(stream.counts)
 
-class _Schedule(Sampler[_Wanted]):
+
+def choose_reading(snapshot: Snapshot, reading: Reading, say: Callable[[str], None]) -> Literal["cached", "streamed"]:
+    """`auto` becomes `cached`, unless what is missing of the snapshot does not fit on this node's disk."""
+    if reading != "auto":
+        return reading
+    cache = NodeCache()
+    missing = sum(shard.size for shard in snapshot.manifest.shards if not cache.path(shard.sha256).exists())
+    if missing <= cache.evictable(snapshot.contents):
+        return "cached"
+    say(
+        f"Snapshot {snapshot.digest[:12]} needs {missing / 1e9:.2f} GB more, {cache.free() / 1e9:.2f} GB are free in {cache.root}: its "
+        "shards are streamed from storage, once every epoch."
+    )
+    return "streamed"
+
+
+class _Schedule(Sampler[Wanted]):
     """What the loader asks its workers for; set before each epoch."""
 
     plan: EpochPlan
     epoch = 0
     skip = 0
 
-    def __iter__(self) -> Iterator[_Wanted]:
+    def __iter__(self) -> Iterator[Wanted]:
         for ids in self.plan.batches(self.epoch, self.skip):
-            yield _Wanted(self.epoch, ids)
+            yield Wanted(self.epoch, ids)
 
 
-@dataclass
-class _Samples(Dataset[_Made]):
-    """Makes batches from the node cache, in any process."""
-
-    snapshot: Snapshot
-    preprocess: Preprocess
-    augment: Augment | None
-    seed: int
-    _files: dict[int, int] = field(default_factory=dict)
-
-    def __getitem__(self, wanted: _Wanted) -> _Made:
-        side = self.preprocess.size
-        images = torch.empty((len(wanted.ids), 3, side, side), dtype=torch.uint8)
-        labels = torch.empty(len(wanted.ids), dtype=torch.int64)
-        counts: Counter[str] = Counter(planned=len(wanted.ids))
-        skipped: list[str] = []
-        made = 0
-        rows = self.snapshot.index.rows
-        for sample in wanted.ids.tolist():
-            row = rows[sample]
-            data = self._read(row, counts)
-            try:
-                images[made] = self._image(data, wanted.epoch, sample)
-            except Undecodable as reason:
-                shard = self.snapshot.manifest.shards[int(row["shard"])].key
-                skipped.append(f"shard {shard}, sample {self.snapshot.index.key(sample)!r} {reason}")
-                continue
-            labels[made] = int(row["label"])
-            made += 1
-        counts.update(read=made, skipped=len(skipped))
-        return _Made(images[:made], labels[:made], dict(counts), skipped)
-
-    def _image(self, data: bytes, epoch: int, sample: int) -> Tensor:
-        image = decode(data)
-        if self.augment is None:
-            return eval_transform(image, self.preprocess)
-        return self.augment(image, derive(self.seed, epoch, sample))
-
-    def _read(self, row: Any, counts: Counter[str]) -> bytes:
-        shard = int(row["shard"])
-        if shard not in self._files:
-            entry = self.snapshot.manifest.shards[shard]
-            fetched = NodeCache().ensure(self.snapshot.shard_uri(shard), entry.sha256, entry.size)
-            counts.update(bytes_from_storage=fetched.read_bytes, cache_hits=int(fetched.hit), retries=fetched.retries)
-            self._files[shard] = os.open(fetched.path, os.O_RDONLY)
-            while len(self._files) > 64:
-                os.close(self._files.pop(next(iter(self._files))))
-        return os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-
-def _as_it_is(made: _Made) -> _Made:
+def _as_it_is(made: Any) -> Any:
     return made

@@ -17,8 +17,9 @@ from pydantic import Field, ValidationError
 from stockpot import storage
 from stockpot.config import Closed, PinnedSnapshot
 from stockpot.digests import canonical, digest
-from stockpot.errors import ObjectMissing, SnapshotBroken, SnapshotMissing
+from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken, SnapshotMissing
 from stockpot.indexing import Index
+from stockpot.node_cache import Fetched, NodeCache
 from stockpot.splits import SPLITS, SplitRule
 
 
@@ -26,7 +27,7 @@ class Shard(Closed):
     """One tar file."""
 
     key: str = Field(description="Relative to the dataset, or a whole address.")
-    size: int = Field(gt=0, description="Bytes.")
+    size: int = Field(ge=0, description="Bytes.")
     sha256: str
     etag: str | None = Field(None, description="Of a registered shard when it was read; its change means the object was replaced.")
     counts: dict[str, int] = Field(description="Samples of each split in this shard; absent is 0.")
@@ -84,11 +85,25 @@ class Snapshot:
     @cached_property
     def index(self) -> Index:
         """Where every sample lies; fetched into the node cache and memory-mapped."""
-        from stockpot.node_cache import NodeCache  # a door of the same ring, needed only here
-
         file = self.manifest.index
         parquet = NodeCache().ensure(storage.join(self.root, file.key), file.sha256, file.size, suffix=".parquet").path
         return Index.open(parquet, file.samples)
+
+    @property
+    def contents(self) -> list[str]:
+        """sha256 of every file a reader needs on its node."""
+        return [self.manifest.index.sha256, *(shard.sha256 for shard in self.manifest.shards)]
+
+    def first(self, split: str) -> int:
+        """The id of a split's first sample. Raises `BadRequest` when the snapshot has no such split."""
+        if split not in self.counts:
+            raise BadRequest(f"Snapshot {self.digest[:12]} ({self.manifest.name}) has no split `{split}`, only {self.counts}.")
+        return sum(self.counts.get(earlier, 0) for earlier in SPLITS[: SPLITS.index(split)])
+
+    def fetch_shard(self, shard: int) -> Fetched:
+        """A shard's verified file in the node cache."""
+        entry = self.manifest.shards[shard]
+        return NodeCache().ensure(self.shard_uri(shard), entry.sha256, entry.size, etag=entry.etag)
 
     def shard_uri(self, shard: int) -> str:
         """Address of a shard by its place in the manifest."""
@@ -104,7 +119,7 @@ class Snapshot:
 
 
 def pin(uri: str) -> PinnedSnapshot:
-    """Address and digest of a snapshot, given its manifest, or its dataset's folder: then the one published last. Raises `SnapshotMissing`."""
+    """Address and digest of a snapshot, given its manifest, or a dataset: then the one published last. Raises `SnapshotMissing`."""
     if not uri.endswith(".json"):
         try:
             latest = storage.read_bytes(storage.join(uri, "snapshots/latest")).decode().strip()
@@ -135,6 +150,15 @@ def commit(root: str, manifest: Manifest) -> PinnedSnapshot:
         storage.write_bytes(uri, canonical(manifest), create=True)
     storage.write_bytes(storage.join(root, "snapshots/latest"), f"{identity}\n".encode())
     return PinnedSnapshot(uri=uri, digest=identity)
+
+
+def require_content(uri: str, shard: Shard, size: int, sha256: str) -> None:
+    """Raise `SnapshotBroken` unless these are the size and hash of the shard's bytes."""
+    if (size, sha256) != (shard.size, shard.sha256):
+        raise SnapshotBroken(
+            f"Shard {uri} has {size:,} bytes with sha256 {sha256[:12]}, the manifest says {shard.size:,} bytes with {shard.sha256[:12]}: "
+            "it was damaged or replaced. Restore it, or publish a new snapshot."
+        )
 
 
 def _read(uri: str) -> Manifest:

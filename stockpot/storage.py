@@ -9,30 +9,33 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from stockpot import s3
 from stockpot.errors import ObjectExists, ObjectMissing, SnapshotBroken, StorageError, StorageRefused
 from stockpot.s3 import Interrupted, StoredObject
 
-__all__ = ["Interrupted", "StoredObject", "check", "download", "exists", "join", "list_prefix", "open_body", "read_bytes", "remove"]
+__all__ = ["Interrupted", "StoredObject", "check", "download", "exists", "fetch", "join", "list_prefix", "read_bytes", "remove"]
 __all__ += ["upload", "write_bytes"]
 
 CHUNK = 2**20
 
 
-class Body(Protocol):
-    """An object's bytes, read forward; `read_into` may be called again after `Interrupted`."""
+SILENCE_LIMIT_S = 35
+"""A fetch is given up after this long without a new byte, or four attempts in a row without one: under a minute in all."""
 
-    uri: str
-    offset: int
-    size: int | None
 
-    def read_into(self, sink: Callable[[bytes], Any], timeout_s: float = ...) -> None: ...
+class Fetched(NamedTuple):
+    """What a fetch took."""
+
+    size: int
+    etag: str
+    retries: int
 
 
 def join(uri: str, *parts: str) -> str:
@@ -44,10 +47,48 @@ def join(uri: str, *parts: str) -> str:
 
 def read_bytes(uri: str) -> bytes:
     """The whole object."""
-    if _remote(uri):
-        return s3.read_bytes(uri)
-    with _said(uri):
-        return _local(uri).read_bytes()
+    data = bytearray()
+    fetch(uri, data.extend)
+    return bytes(data)
+
+
+def fetch(uri: str, sink: Callable[[bytes], Any], *, etag: str | None = None) -> Fetched:
+    """Hand the object's bytes to `sink`, in pieces and in order, each once: a cut connection is resumed by range where it stopped.
+
+    `etag`, as listed, makes a replaced object an error (`SnapshotBroken`), as does a replacement while reading. Raises `Interrupted` when
+    no new byte comes for 35 s or four attempts; `StorageError` when `sink` cannot write.
+    """
+    body: s3.Body | _LocalBody = s3.Body(uri, etag) if _remote(uri) else _LocalBody(uri, etag)
+    retries = fruitless = 0
+    moved = time.monotonic()
+    while True:
+        before = body.offset
+        try:
+            body.read_into(_guarded(sink, uri))
+            return Fetched(body.offset, body.etag or "", retries)
+        except Interrupted as error:
+            retries += 1
+            if body.offset > before:
+                fruitless, moved = 0, time.monotonic()
+            else:
+                fruitless += 1
+            if fruitless >= 4 or time.monotonic() - moved > SILENCE_LIMIT_S:
+                raise Interrupted(f"{error} Tried {retries} times; start again when the store is healthy.") from error
+            time.sleep(min(0.1 * 2**fruitless, 2))
+        except ObjectExists as error:
+            raise SnapshotBroken(f"{uri} was replaced since it was listed, or while it was read; publish or register it again.") from error
+
+
+def _guarded(sink: Callable[[bytes], Any], uri: str) -> Callable[[bytes], None]:
+    def write(piece: bytes) -> None:
+        try:
+            sink(piece)
+        except OSError as error:
+            raise StorageError(
+                f"The bytes of {uri} cannot be written to disk: {error.strerror}. Free some space, then start again."
+            ) from error
+
+    return write
 
 
 def write_bytes(uri: str, data: bytes, *, create: bool = False) -> None:
@@ -71,11 +112,10 @@ def upload(path: Path, uri: str, *, create: bool = False) -> None:
 def download(uri: str, path: Path, sha256: str | None = None) -> None:
     """Fetch the object into a file, whole or not at all; with `sha256`, raise `SnapshotBroken` unless the bytes hash to it.
 
-    A cut connection is resumed by range up to three times.
+    A cut connection is resumed where it stopped.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     hasher = hashlib.sha256()
-    body = open_body(uri)
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
@@ -84,13 +124,7 @@ def download(uri: str, path: Path, sha256: str | None = None) -> None:
                 file.write(piece)
                 hasher.update(piece)
 
-            for attempt in range(4):
-                try:
-                    body.read_into(sink)
-                    break
-                except Interrupted:
-                    if attempt == 3:
-                        raise
+            fetch(uri, sink)
             file.flush()
             os.fsync(file.fileno())
         if sha256 is not None and hasher.hexdigest() != sha256:
@@ -116,11 +150,7 @@ def list_prefix(uri: str) -> list[StoredObject]:
     for path in sorted(top.rglob("*") if top.is_dir() else top.parent.glob(f"{top.name}*")):
         if path.is_file() and not path.name.startswith(".stockpot-"):
             stat = path.stat()
-            found.append(
-                StoredObject(
-                    _as(uri, path), stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}", datetime.fromtimestamp(stat.st_mtime, UTC)
-                )
-            )
+            found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat), datetime.fromtimestamp(stat.st_mtime, UTC)))
     return found
 
 
@@ -143,24 +173,27 @@ def check(uri: str) -> None:
         raise StorageRefused(f"This user may not read {uri}; change its permissions.")
 
 
-def open_body(uri: str) -> Body:
-    """A reader of one object, at its first byte."""
-    return s3.Body(uri) if _remote(uri) else _LocalBody(uri)
-
-
 class _LocalBody:
-    def __init__(self, uri: str) -> None:
+    """A file's bytes, with the manners of `s3.Body`."""
+
+    def __init__(self, uri: str, etag: str | None) -> None:
         self.uri = uri
         self.offset = 0
-        self.size: int | None = None
+        self.etag = etag
 
-    def read_into(self, sink: Callable[[bytes], Any], timeout_s: float = 0) -> None:
+    def read_into(self, sink: Callable[[bytes], Any]) -> None:
         with _said(self.uri), _local(self.uri).open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            file.seek(self.offset)
+            found = _etag(os.fstat(file.fileno()))
+            if self.etag not in {None, found}:
+                raise ObjectExists(f"{self.uri} has changed.")
+            self.etag = found
             while piece := file.read(CHUNK):
                 sink(piece)
                 self.offset += len(piece)
+
+
+def _etag(stat: os.stat_result) -> str:
+    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
 
 
 def _remote(uri: str) -> bool:

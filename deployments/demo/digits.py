@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as Stockpot snapshots: 1,797 real pictures of 8x8 pixels (Alpaydin and Kaynak, UCI 1998).
 
-Seven snapshots, drawn by one seed: `digits-pretrain` (300), `digits` (train 400, held_out 400, gate 200), `digits-test` (497) and the same 497
-pictures under three shifts at 32 px. Pixel = round(value * 255 / 16), 8-bit grey PNG.
+Six snapshots, drawn by one seed: `digits-pretrain` (300), `digits` (train 400, held_out 400, gate 200), `digits-test` (497), and the same
+497 pictures under three shifts at 32 px. Pixel = round(value * 255 / 16), 8-bit grey PNG.
 """
 
 import io
@@ -25,17 +25,15 @@ ROTATION_DEGREES, NOISE_SD, BLUR_PX = 25.0, 0.8, 9
 
 
 def publish_digits(root_uri: str, seed: int) -> dict[str, Any]:
-    """Publish all seven snapshots below `root_uri`; publishing again changes nothing.
+    """Publish all six snapshots below `root_uri`; publishing again changes nothing.
 
     Returns manifest addresses: `pretrain`, `snapshot`, `test`, and `shifts` with `rotation`, `noise`, `blur`.
     """
     from sklearn.datasets import load_digits  # 0.5 s to import, needed only here
 
     bunch = load_digits()
-    pixels = np.rint(bunch.images * 255 / 16).astype(np.uint8)
-    order = np.random.Generator(np.random.PCG64([seed, 2203])).permutation(len(pixels))
-    main = PRETRAIN + TRAIN + HELD_OUT + GATE
-    parts = {"digits-pretrain": order[:PRETRAIN], "digits": order[PRETRAIN:main], "digits-test": order[main:]}
+    pixels = _pixels(bunch)
+    parts = _parts(len(pixels), seed)
 
     def put(name: str, ids: np.ndarray[Any, Any], images: np.ndarray[Any, Any], splits: SplitSpec | str) -> str:
         samples = _samples(ids, images, bunch.target)
@@ -48,6 +46,26 @@ def publish_digits(root_uri: str, seed: int) -> dict[str, Any]:
         "test": put("digits-test", test, pixels, "test"),
         "shifts": {name: put(f"digits-{name}", test, images, "test") for name, images in _shifts(pixels, test, seed).items()},
     }
+
+
+def test_pictures(seed: int) -> list[tuple[bytes, str]]:
+    """The test part as a service would receive it: PNG bytes and the right word, in the order of the snapshot."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    test = _parts(len(bunch.images), seed)["digits-test"]
+    return [(sample.image, CLASSES[sample.label]) for sample in _samples(test, _pixels(bunch), bunch.target)]
+
+
+def _pixels(bunch: Any) -> np.ndarray[Any, Any]:
+    pixels_N88: np.ndarray[Any, Any] = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    return pixels_N88
+
+
+def _parts(count: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    order = np.random.Generator(np.random.PCG64([seed, 2203])).permutation(count)
+    main = PRETRAIN + TRAIN + HELD_OUT + GATE
+    return {"digits-pretrain": order[:PRETRAIN], "digits": order[PRETRAIN:main], "digits-test": order[main:]}
 
 
 def _samples(ids: np.ndarray[Any, Any], images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Iterator[Sample]:
