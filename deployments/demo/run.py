@@ -128,12 +128,12 @@ def _results(sweep_id: str) -> tuple[SoupReport, ModelVersion]:
 
 def _stranger(version: ModelVersion, report: SoupReport, uris: dict[str, Any], seed: int) -> str:
     """Load by alias in a process that cannot import this repository, classify the test images' PNG bytes, and count the right labels."""
-    from deployments.demo.digits import test_pngs
+    from deployments.demo.digits import test_pictures
 
     folder = STATE / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    for number, (png, label) in enumerate(test_pngs(seed)):
+    for number, (png, label) in enumerate(test_pictures(seed)):
         (folder / f"{number:03d}-{label}.png").write_bytes(png)
         names.append(f"{number:03d}-{label}.png")
     address = f"models:/{version.model}@{version.alias}" if version.alias else f"models:/{version.model}/{version.version}"
