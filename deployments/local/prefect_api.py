@@ -10,7 +10,7 @@ PAGE = 200
 def worker_online(api: str, pool: str) -> bool:
     """Whether a worker of the pool sends heartbeats."""
     try:
-        return bool(_post(f"{api}/work_pools/{pool}/workers/filter", {"workers": {"status": {"any_": ["ONLINE"]}}}))
+        return bool(post(f"{api}/work_pools/{pool}/workers/filter", {"workers": {"status": {"any_": ["ONLINE"]}}}))
     except OSError:  # no such pool yet
         return False
 
@@ -24,15 +24,16 @@ def crash_interrupted_runs(api: str) -> int:
     changed = 0
     for states, outcome in ((("RUNNING", "PENDING"), "CRASHED"), (("CANCELLING",), "CANCELLED")):
         query = {"flow_runs": {"state": {"type": {"any_": states}}}, "limit": PAGE}
-        while runs := _post(f"{api}/flow_runs/filter", query):
+        while runs := post(f"{api}/flow_runs/filter", query):
             for run in runs:
                 state = {"type": outcome, "name": outcome.capitalize(), "message": "The local stack was stopped while this ran."}
-                _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+                post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
             changed += len(runs)
     return changed
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
+def post(url: str, body: dict[str, Any]) -> Any:
+    """The JSON answer to a JSON body."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=30) as response:
