@@ -23,6 +23,7 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """MLflow's client settings, where the environment does not say otherwise: 14 s of retries; 60 s for a server that stores a large file."""
 
@@ -123,10 +124,10 @@ def search_runs(experiments: list[str], condition: str, order: str) -> list[Run]
             return found
 
 
-def read_text(run: Run, name: str) -> str:
-    """One artifact of a run as text."""
+def read_file(mlflow_run_id: str, name: str) -> bytes:
+    """One artifact of a run."""
     with tempfile.TemporaryDirectory() as folder:
-        return Path(client().download_artifacts(run.info.run_id, name, folder)).read_text()
+        return Path(client().download_artifacts(mlflow_run_id, name, folder)).read_bytes()
 
 
 def _silent(uri: str) -> str:

@@ -42,7 +42,7 @@ class SweepSummary(Closed):
     status: str = Field(description="As MLflow says it: RUNNING, FINISHED, FAILED or KILLED.")
     trials: int = Field(description="Planned.")
     finished: int = Field(description="Counted when the sweep was closed; 0 before.")
-    started_ms: int = Field(description="Milliseconds since 1970.")
+    started: str = Field(description="ISO 8601, UTC.")
 
 
 class GreedyStep(Closed):
@@ -85,6 +85,7 @@ class SoupReport(Closed):
     model: str
     mlflow_run_id: str
     recipe: str
+    model_id: str = Field("", description="MLflow LoggedModel that holds the shipped soup, as it is served.")
     soup_sha256: str = Field(description="sha256 of the shipped soup's safetensors file: the identity of the model version.")
     init_digest: str
     transform_digest: str

@@ -8,6 +8,7 @@ exists once its LoggedModel is READY and carries the tag `stockpot.ingredient`: 
 import json
 import os
 import time
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,7 @@ from stockpot.ledger import (
     experiment,
     find_run,
     of_kind,
-    read_text,
+    read_file,
     search_runs,
     sweep_run,
 )
@@ -64,7 +65,7 @@ def open_sweep(sweep: Sweep, flow_run_id: str | None = None) -> str:
 def read_sweep(sweep_id: str) -> Sweep:
     """The sweep as it was planned. Raises `SweepMissing`."""
     with asking():
-        return Sweep.model_validate_json(read_text(sweep_run(sweep_id), "sweep.json"))
+        return Sweep.model_validate_json(read_file(str(sweep_run(sweep_id).info.run_id), "sweep.json"))
 
 
 def close_sweep(sweep_id: str, status: Status, counts: dict[str, int]) -> None:
@@ -89,7 +90,7 @@ def list_sweeps(model: str | None = None) -> list[SweepSummary]:
             status=run.info.status,
             trials=int(run.data.tags.get("stockpot.trials", 0)),
             finished=int(run.data.metrics.get("sweep/finished", 0)),
-            started_ms=run.info.start_time,
+            started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
         )
         for run in runs
     ]
@@ -122,15 +123,13 @@ def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
 
 
 def record_report(report: SoupReport, files: Path) -> SoupReport:
-    """Store a cooked sweep on its soup run (a child of the sweep): every file of `files`, then `report.json`, then the end of the run.
-    Returns the report with the run's id. The last step is the commit: a report without it is not found again."""
+    """Store a cooked sweep on its soup run: every file of `files`, then `report.json`, then the end of the run. The last is the commit: a
+    report without it is not found again. Returns the report."""
     with asking():
-        mlflow_run_id = open_soup_run(report.model, report.sweep_id)
-        report = report.model_copy(update={"mlflow_run_id": mlflow_run_id})
-        client().log_artifacts(mlflow_run_id, str(files))
-        client().log_batch(mlflow_run_id, metrics=_report_metrics(report), tags=_report_tags(report, files))
-        client().log_text(mlflow_run_id, report.model_dump_json(indent=1), "report.json")
-        client().set_terminated(mlflow_run_id, "FINISHED")
+        client().log_artifacts(report.mlflow_run_id, str(files))
+        client().log_batch(report.mlflow_run_id, metrics=_report_metrics(report), tags=_report_tags(report, files))
+        client().log_text(report.mlflow_run_id, report.model_dump_json(indent=1), "report.json")
+        client().set_terminated(report.mlflow_run_id, "FINISHED")
     return report
 
 
@@ -141,14 +140,28 @@ def read_report(sweep_id: str) -> SoupReport | None:
         runs = search_runs(
             [sweep.info.experiment_id], f"{of_kind('soup', sweep_id)} and attributes.status = 'FINISHED'", "attributes.start_time"
         )
-        return SoupReport.model_validate_json(read_text(runs[0], "report.json")) if runs else None
+        return SoupReport.model_validate_json(read_file(str(runs[0].info.run_id), "report.json")) if runs else None
 
 
-def open_soup_run(model: str, sweep_id: str) -> str:
-    """The run a sweep's soup is recorded on, created or reopened. Returns its id."""
+def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None) -> str:
+    """The run a sweep's soup is recorded on, a child of the sweep's: created or reopened. Returns its id."""
     with asking():
         run = find_run(model, "soup", sweep_id) or create_child(model, f"soup {sweep_id}", "soup", sweep_id, {})
+        for name, value in _flow(flow_run_id).items():
+            client().set_tag(run.info.run_id, name, value)
         return str(run.info.run_id)
+
+
+def read_report_text(report: SoupReport, name: str) -> str:
+    """One text file of a soup run, such as `card.md`."""
+    with asking():
+        return read_file(report.mlflow_run_id, name).decode()
+
+
+def read_picture(report: SoupReport) -> bytes:
+    """The soup's picture, PNG."""
+    with asking():
+        return read_file(report.mlflow_run_id, "picture.png")
 
 
 def fetch_report_file(mlflow_run_id: str, name: str, folder: Path) -> Path:
@@ -156,6 +169,12 @@ def fetch_report_file(mlflow_run_id: str, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with asking():
         return Path(client().download_artifacts(mlflow_run_id, name, str(folder)))
+
+
+def run_page(mlflow_run_id: str, model: str) -> str:
+    """The address of a run's page for a browser."""
+    with asking():
+        return f"{address().rstrip('/')}/#/experiments/{experiment(model)}/runs/{mlflow_run_id}"
 
 
 class TrialLog:

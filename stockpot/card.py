@@ -1,0 +1,85 @@
+"""The soup card: what a soup is made of, what it scored and how each ingredient was decided, as markdown for a run and a version page."""
+
+from stockpot.outcomes import Accuracy, Scores, SoupReport
+
+
+def write(report: SoupReport) -> str:
+    """The whole card."""
+    parts = [
+        f"# {report.model}: {report.recipe} soup {report.soup_sha256[:12]}",
+        verdict(report),
+        _scores(report),
+        _decisions(report),
+        _excluded(report),
+        _facts(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict(report: SoupReport) -> str:
+    """One honest sentence: did the shipped soup beat the best single model, and where."""
+    if len(report.ingredients) == 1:
+        return f"No soup improved on the best single model on held_out, so the best single model, trial {report.ingredients[0]}, ships."
+    soup, single = report.scores[report.recipe], report.scores["best_single"]
+    told = [f"{_points(soup.held_out, single.held_out)} on held_out (selected on)"]
+    if soup.test and single.test:
+        told.append(f"{_points(soup.test, single.test)} on test")
+    if soup.shift_average is not None and single.shift_average is not None:
+        told.append(f"{100 * (soup.shift_average - single.shift_average):+.2f} on the mean of {len(soup.shifts)} shift suites")
+    return f"{len(report.ingredients)} of {len(report.trials)} trials. Against the best single model, in points: {', '.join(told)}."
+
+
+def _scores(report: SoupReport) -> str:
+    suites = sorted(report.scores["best_single"].shifts)
+    head = ["accuracy, %", "held_out", "gate", "test", *suites, "mean shift"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    lines += [_line([name.replace("_", " "), *_cells(scores, suites)]) for name, scores in report.scores.items()]
+    return "## Scores\n\n" + "\n".join(lines)
+
+
+def _cells(scores: Scores, suites: list[str]) -> list[str]:
+    average = scores.shift_average
+    splits = [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
+    return [*[_percent(split) for split in splits], "" if average is None else f"{100 * average:.2f}"]
+
+
+def _decisions(report: SoupReport) -> str:
+    lines = [_line(["trial", "before", "after", "decision", "ingredients"]), _line(["---"] * 5)]
+    lines += [
+        _line([step.trial_id, _counts(step.before), _counts(step.after), "kept" if step.kept else "left out", str(step.size)])
+        for step in report.steps
+    ]
+    return "## Greedy decisions, right answers on held_out\n\n" + "\n".join(lines)
+
+
+def _excluded(report: SoupReport) -> str:
+    if not report.excluded:
+        return ""
+    return "## Left out before cooking\n\n" + "\n".join(f"- {trial}: {reason}" for trial, reason in report.excluded.items())
+
+
+def _facts(report: SoupReport) -> str:
+    facts = {
+        "weights sha256": report.soup_sha256,
+        "init": report.init_digest,
+        "evaluation transform": report.transform_digest,
+        "sweep": report.sweep_id,
+        "ingredients": ", ".join(report.ingredients),
+    }
+    return "## Identity\n\n" + "\n".join(f"- {name}: `{value}`" for name, value in facts.items())
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(score: Accuracy | None) -> str:
+    return f"{100 * score.value:.2f}" if score else ""
+
+
+def _counts(score: Accuracy | None) -> str:
+    return f"{score.correct} of {score.seen}" if score else ""
+
+
+def _points(one: Accuracy, other: Accuracy) -> str:
+    return f"{100 * (one.value - other.value):+.2f}"

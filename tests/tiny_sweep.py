@@ -1,0 +1,133 @@
+"""A whole sweep in seconds: three colours to tell apart, a CLIP tower of a few thousand weights, and trials that are the init plus noise,
+written straight into the ledger as `run_trial` would."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stockpot import tracking
+from stockpot.checkpoints import save_weights
+from stockpot.config import (
+    BaseSpec,
+    Closed,
+    DataSpec,
+    Init,
+    PinnedData,
+    PinnedSnapshot,
+    Preprocess,
+    RetrainRequest,
+    SoupSpec,
+    Sweep,
+    SweepSpec,
+)
+from stockpot.digests import canonical
+from stockpot.evaluation import accuracy, features, logits
+from stockpot.inits import linear_probe
+from stockpot.models import Classifier, ModelConfig, build, load_state
+from stockpot.outcomes import Ingredient
+from stockpot.publishing import GivenSamples, Sample, publish
+from stockpot.shards import pixels
+from stockpot.snapshots import open_snapshot
+from stockpot.splits import SplitSpec
+from stockpot.sweeps import plan
+
+CLASSES = ("red", "green", "blue")
+PREPROCESS = Preprocess(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+ARCH = {"embed_dim": 8, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}, "quick_gelu": False}
+
+
+class Ground(Closed):
+    """What a sweep stands on: data and an init."""
+
+    data: PinnedData
+    init: Init
+    folder: str
+
+
+def png(seed: int, label: int, noise: float = 90.0) -> bytes:
+    """A 20 x 18 picture, mostly of one colour."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(110, noise, (20, 18, 3))
+    image[..., label] += 30
+    file = io.BytesIO()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def lay_ground(folder: Path) -> Ground:
+    """Publish the snapshots and build the init under `folder`."""
+
+    def put(name: str, count: int, first: int, splits: SplitSpec | str, noise: float = 90.0) -> PinnedSnapshot:
+        samples = [Sample(f"{name}-{number}", png(first + number, number % 3, noise), number % 3) for number in range(count)]
+        return publish(f"{folder}/{name}", name, CLASSES, GivenSamples(samples), splits=splits)
+
+    data = PinnedData(
+        snapshot=put("colours", 150, 0, SplitSpec(held_out=60, gate=30, salt="tiny")),
+        test=put("colours-test", 30, 1000, "test"),
+        shifts={"noisy": put("colours-noisy", 30, 2000, "test", 130.0)},
+    )
+    model, config = _init(data.snapshot)
+    init_folder = folder / "init"
+    sha256 = save_weights(init_folder / "model.safetensors", model.state_dict())
+    (init_folder / "model.json").write_bytes(canonical(config))
+    return Ground(data=data, init=Init(uri=str(init_folder), digest=sha256), folder=str(folder))
+
+
+def tiny_sweep(ground: Ground, model: str, trials: int = 5, soup: SoupSpec | None = None) -> Sweep:
+    """A planned sweep, opened in the ledger."""
+    uri = ground.data.snapshot.uri
+    request = RetrainRequest(
+        model=model,
+        store=ground.folder,
+        data=DataSpec(snapshot=uri),
+        base=BaseSpec(arch="own"),
+        sweep=SweepSpec(trials=trials),
+        soup=soup or SoupSpec(),
+    )
+    sweep = plan(request, ground.data, ground.init)
+    tracking.open_sweep(sweep)
+    return sweep
+
+
+def finish_trials(ground: Ground, sweep: Sweep, folder: Path, noise: float = 0.05, only: Sequence[int] | None = None) -> list[Ingredient]:
+    """Record an ingredient for every trial (or `only` some): the init with Gaussian noise on every weight."""
+    return [finish_trial(ground, sweep, index, folder, noise) for index in (only if only is not None else range(len(sweep.trials)))]
+
+
+def finish_trial(
+    ground: Ground, sweep: Sweep, index: int, folder: Path, noise: float = 0.05, state: dict[str, Tensor] | None = None
+) -> Ingredient:
+    """One ingredient; `state` instead of noise where given."""
+    model, config = _init(sweep.data.snapshot)
+    rng = torch.Generator().manual_seed(index + 1)
+    load_state(
+        model, state or {name: tensor + noise * torch.randn(tensor.shape, generator=rng) for name, tensor in model.state_dict().items()}
+    )
+    held_out = pixels(open_snapshot(sweep.data.snapshot), "held_out", config.preprocess)
+    logits_NC = logits(model, held_out.images, config.preprocess)
+    place = folder / f"trial-{index}"
+    save_weights(place / "model.safetensors", model.state_dict())
+    save_weights(place / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
+    (place / "model.json").write_bytes(canonical(config))
+    (place / "card.json").write_text("{}")
+    with tracking.TrialLog(sweep.trials[index]) as log:
+        score = accuracy(logits_NC, held_out.labels)
+        return log.record_ingredient(place, score, transform_digest=held_out.transform_digest, seconds=1.0)
+
+
+def _init(snapshot: PinnedSnapshot) -> tuple[Classifier, ModelConfig]:
+    """A random tower under a fitted head, the same every time."""
+    torch.manual_seed(0)
+    config = ModelConfig(kind="open_clip", arch=ARCH, preprocess=PREPROCESS, classes=CLASSES)
+    model = build(config)
+    train = pixels(open_snapshot(snapshot), "train", PREPROCESS)
+    head = linear_probe(
+        features(model, train.images, PREPROCESS), np.asarray(train.labels), model.head.weight.detach(), model.head.bias.detach()
+    )
+    model.head.load_state_dict(dict(zip(("weight", "bias"), head, strict=True)))
+    return model, config
