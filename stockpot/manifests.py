@@ -4,7 +4,7 @@ both resumable."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from stockpot.digests import file_digest
 from stockpot.errors import BadRequest, DataError
 from stockpot.examination import ROWS, Problems
 from stockpot.indexing import SCHEMA, write_parquet
-from stockpot.snapshots import IndexFile, Manifest, Shard, commit, open_snapshot
+from stockpot.snapshots import IndexFile, Manifest, Shard, Snapshot, commit, open_snapshot
 from stockpot.splits import SPLITS, SplitRule, SplitSpec, assign, draw, point
 
 
@@ -157,10 +157,13 @@ def _require_classes(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], cla
             )
 
 
-def thin_classes(table: Any, classes: tuple[str, ...], least: int = 5) -> list[str]:
+def thin_classes(snapshot: Snapshot, least: int = 5) -> list[str]:
     """Sentences on classes with so few held_out or gate samples that their share of an accuracy says little."""
-    counts = class_counts(table["label"].to_numpy(), table["split"].to_numpy(), classes)
-    thin = {split: [name for name, count in zip(classes, row, strict=True) if count < least] for split, row in counts.items()}
-    return [
-        f"{split} has fewer than {least} samples of {', '.join(names[:5])}" for split, names in thin.items() if names and split != "train"
-    ]
+    sentences = []
+    for split in set(snapshot.counts) - {"train"}:
+        start = snapshot.first(split)
+        counts = np.bincount(snapshot.index.rows["label"][start : start + snapshot.counts[split]], minlength=len(snapshot.classes))
+        thin = [f"{name} ({count})" for name, count in zip(snapshot.classes, counts, strict=True) if count < least]
+        if thin:
+            sentences.append(f"{split} has fewer than {least} samples of {len(thin)} classes, such as {', '.join(thin[:5])}")
+    return sorted(sentences)
