@@ -1,6 +1,6 @@
 """The soup card: what a soup is made of, what it scored and how each ingredient was decided, as markdown for a run and a version page."""
 
-from stockpot.outcomes import Accuracy, Scores, SoupReport
+from stockpot.outcomes import Accuracy, GreedyStep, Scores, SoupReport
 
 
 def write(report: SoupReport) -> str:
@@ -46,10 +46,14 @@ def _cells(scores: Scores, suites: list[str]) -> list[str]:
 def _decisions(report: SoupReport) -> str:
     lines = [_line(["trial", "before", "after", "decision", "ingredients"]), _line(["---"] * 5)]
     lines += [
-        _line([step.trial_id, _counts(step.before), _counts(step.after), "kept" if step.kept else "left out", str(step.size)])
+        _line([step.trial_id, _counts(step.before), _after(step), "kept" if step.kept else "left out", str(step.size)])
         for step in report.steps
     ]
     return "## Greedy decisions, right answers on held_out\n\n" + "\n".join(lines)
+
+
+def _after(step: GreedyStep) -> str:
+    return _counts(step.after) if step.exact else f"at most {_counts(step.after)} (settled after {step.examined})"
 
 
 def _excluded(report: SoupReport) -> str:

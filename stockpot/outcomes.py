@@ -50,9 +50,15 @@ class GreedyStep(Closed):
 
     trial_id: str
     before: Accuracy | None = Field(description="The soup's held-out accuracy before; None for the first ingredient.")
-    after: Accuracy = Field(description="With this ingredient added.")
+    after: Accuracy = Field(description="With this ingredient added. Exact when every sample was examined, else the most it could be.")
     kept: bool
     size: int = Field(description="Ingredients in the soup after the decision.")
+    examined: int = Field(0, description="Held-out samples looked at: a candidate that is lost already is not looked at further.")
+
+    @property
+    def exact(self) -> bool:
+        """Whether `after` is the count itself, not an upper bound."""
+        return self.examined >= self.after.seen
 
 
 class Scores(Closed):

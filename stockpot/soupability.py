@@ -47,6 +47,11 @@ class Pool:
         """The model config all candidates share."""
         return next(iter(self.candidates.values())).config
 
+    def close(self) -> None:
+        """Close the weight files."""
+        for candidate in self.candidates.values():
+            candidate.weights.close()
+
     def without(self, doubts: dict[str, str]) -> "Pool":
         """The pool less some candidates, each with its reason. Raises `TooFewIngredients` when none is left."""
         kept = {trial: one for trial, one in self.candidates.items() if trial not in doubts}

@@ -14,7 +14,8 @@ from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import IngredientMismatch
 from stockpot.outcomes import Accuracy
 from stockpot.soups.averaging import CHUNK, average, first_non_finite
-from stockpot.soups.greedy import greedy, members, ranked
+from stockpot.soups.examining import Verdict, doubtful_first, examine, floor, margins, right
+from stockpot.soups.greedy import Score, greedy, members, ranked, shuffled
 from stockpot.soups.weights import Weights, open_weights
 
 State = dict[str, Tensor]
@@ -168,7 +169,23 @@ class Linear:
 
     def score(self, trials: Sequence[str], need: int = 0) -> Accuracy:
         mean = torch.stack([self.weights[trial].double() for trial in sorted(trials)]).mean(0).float()
-        return Accuracy(correct=int(((self.x @ mean).argmax(1) == self.labels).sum()), seen=len(self.labels))
+        return Accuracy(correct=int(right(self.x @ mean, self.labels).sum()), seen=len(self.labels))
+
+    def fully(self, trials: Sequence[str], need: int) -> Verdict:
+        return Verdict(self.score(trials), len(self.labels))
+
+    def logits(self, trials: Sequence[str]) -> Tensor:
+        return self.x @ torch.stack([self.weights[trial].double() for trial in sorted(trials)]).mean(0).float()
+
+    def early(self, block: int) -> Score:
+        """As the kitchen does it: doubtful samples first, no further than the fate is open."""
+
+        def score(trials: Sequence[str], need: int) -> Verdict:
+            logits = self.logits(trials)
+            order = doubtful_first(self.logits(trials[:-1]), len(trials) - 1, self.logits(trials[-1:]), self.labels)
+            return examine(lambda numbers: logits[numbers], self.labels, order, need, block)[0]
+
+        return score
 
 
 def reference(pool: Linear, accept: str) -> list[tuple[str, int, bool]]:
@@ -196,10 +213,77 @@ def reference(pool: Linear, accept: str) -> list[tuple[str, int, bool]]:
 )
 def test_greedy_decides_as_the_reference_loop(seed: int, trials: int, samples: int, spread: float, accept: str) -> None:
     pool = Linear(seed, trials, samples, spread)
-    steps = greedy({trial: pool.score([trial]) for trial in pool.weights}, pool.score, accept)  # type: ignore[arg-type]
+    steps = greedy({trial: pool.score([trial]) for trial in pool.weights}, pool.fully, accept)  # type: ignore[arg-type]
     assert [(step.trial_id, step.after.correct, step.kept) for step in steps] == reference(pool, accept)
     assert pool.score(members(steps)).correct >= max(pool.score([trial]).correct for trial in pool.weights)
 
 
 def test_ties_go_to_the_smaller_id() -> None:
     assert ranked({"b": Accuracy(correct=3, seen=4), "a": Accuracy(correct=3, seen=4), "c": Accuracy(correct=4, seen=4)}) == ["c", "a", "b"]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 100_000),
+    trials=st.integers(1, 9),
+    samples=st.integers(5, 80),
+    spread=st.floats(0.1, 4),
+    block=st.integers(1, 40),
+    accept=st.sampled_from(["improve", "not_worse"]),
+    passes=st.integers(1, 3),
+    replacement=st.booleans(),
+    shuffle=st.booleans(),
+    broken=st.booleans(),
+)
+def test_early_rejection_changes_no_decision_and_no_soup(
+    seed: int,
+    trials: int,
+    samples: int,
+    spread: float,
+    block: int,
+    accept: str,
+    passes: int,
+    replacement: bool,
+    shuffle: bool,
+    broken: bool,
+) -> None:
+    pool = Linear(seed, trials, samples, spread)
+    if broken and trials > 3:
+        pool.weights["t03"][0, 0] = float("nan")
+    held_out = {trial: pool.score([trial]) for trial in pool.weights}
+    order = shuffled(held_out, seed) if shuffle else None
+    options = {"passes": passes, "replacement": replacement, "order": order}
+    slow = greedy(held_out, pool.fully, accept, **options)  # type: ignore[arg-type]
+    fast = greedy(held_out, pool.early(block), accept, **options)  # type: ignore[arg-type]
+    assert [(step.trial_id, step.kept, step.size, step.before) for step in fast] == [
+        (step.trial_id, step.kept, step.size, step.before) for step in slow
+    ]
+    assert all(quick.after.correct >= full.after.correct for quick, full in zip(fast, slow, strict=True))
+    assert all(quick.after == full.after for quick, full in zip(fast, slow, strict=True) if quick.exact)
+    assert all(step.exact for step in fast if step.kept)
+
+
+def test_a_rejection_looks_at_little_more_than_its_floor() -> None:
+    pool = Linear(3, 2, 4000, 0.5)
+    best = max(pool.score([trial]).correct for trial in pool.weights)
+    verdict = pool.early(1)(["t00", "t01"], best + 200)
+    assert verdict.accuracy.correct < best + 200
+    assert floor(best + 200, 4000) <= verdict.examined / 4000 <= 1.25 * floor(best + 200, 4000)
+
+
+def test_margins_are_negative_exactly_where_the_answer_is_wrong() -> None:
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 5
+    assert torch.equal(margins(logits, labels) < 0, logits.argmax(1) != labels)
+
+
+def test_with_replacement_a_member_may_count_twice() -> None:
+    seen = 10
+    table = {("a",): 5, ("b",): 4, ("a", "b"): 6, ("a", "a"): 5, ("a", "b", "a"): 7, ("a", "b", "b"): 6, ("a", "b", "a", "b"): 7}
+
+    def score(trials: Sequence[str], need: int) -> Verdict:
+        return Verdict(Accuracy(correct=table.get(tuple(trials), 0), seen=seen), seen)
+
+    held_out = {"a": Accuracy(correct=5, seen=seen), "b": Accuracy(correct=4, seen=seen)}
+    assert members(greedy(held_out, score, passes=3, replacement=True)) == ("a", "b", "a")
+    assert members(greedy(held_out, score, passes=3)) == ("a", "b")
