@@ -27,7 +27,7 @@ check: setup ## format, lint, types, import rules, infra files
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/hadolint infra/Dockerfile
-	@$(BIN)/python infra/check.py
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/compose.yaml
 
 bench: setup ## measured ratios into .stockpot/bench.json
 	@$(BIN)/python -m benchmarks $(ARGS)
