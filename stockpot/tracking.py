@@ -330,7 +330,8 @@ def _input(name: str, snapshot: PinnedSnapshot, context: str) -> DatasetInput:
 
 
 def _inputs(sweep: Sweep) -> list[DatasetInput]:
-    inputs = [_input("snapshot", sweep.data.snapshot, "training")]
+    # The very input that each trial logs: the server keeps one row per dataset, and trials that start together would race to make it.
+    inputs = [_input("train", sweep.data.snapshot, "training")]
     if sweep.data.test:
         inputs.append(_input("test", sweep.data.test, "test"))
     return inputs + [_input(name, snapshot, "shift") for name, snapshot in sweep.data.shifts.items()]

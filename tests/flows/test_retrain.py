@@ -1,0 +1,154 @@
+"""Promise: one request ends as one registered version, whatever dies on the way, and nothing is done or registered twice.
+
+Everything is real: servers, workers, trial processes, SIGKILL.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelling
+
+from deployments.demo.digits import test_pictures as pictures
+from deployments.starting import start, watch_to_end
+from stockpot import registry, tracking
+from stockpot.errors import StockpotError
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+
+STRANGER = Path(__file__).parents[2] / "deployments" / "demo" / "stranger.py"
+
+
+def retrain(request):
+    return start("retrain/stockpot", {"request": request.model_dump(mode="json")}, name=f"retrain-{request.model}", tags=[])
+
+
+def runs_of(tag):
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]))
+        return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=50)
+
+
+def wait_for(what, timeout_s=120):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.5)
+    raise AssertionError("waited in vain")
+
+
+def running_trials(model, count):
+    """The trial runs of a model once `count` of them are training, with their process ids."""
+
+    def look():
+        runs = [run for run in runs_of(f"model:{model}") if run.name.startswith("trial-") and run.state.is_running() and run.infrastructure_pid]
+        return runs if len(runs) >= count else None
+
+    return wait_for(look)
+
+
+def pid(run):
+    return int(run.infrastructure_pid.split(":")[-1])
+
+
+def artifacts(prefix):
+    with get_client(sync_client=True) as client:
+        found = client.request("POST", "/artifacts/latest/filter", json={"limit": 200}).json()
+    return {one["key"]: one for one in found if one["key"].startswith(prefix)}
+
+
+def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_for, tmp_path):
+    request = request_for("whole", seeds=(1, 2))
+    sweep_id = watch_to_end(retrain(request))
+
+    sweep, report = tracking.read_sweep(sweep_id), tracking.read_report(sweep_id)
+    assert report is not None
+    ingredients = tracking.find_ingredients(sweep)
+    version = registry.find_version("whole", report.soup_sha256)
+    assert version is not None
+    assert {one.trial_id for one in ingredients} == {trial.id for trial in sweep.trials}
+    assert (version.version, version.alias) == (1, "champion")
+    assert set(report.scores) == {"best_single", "uniform", "greedy"}
+    assert report.scores["greedy"].held_out.correct >= report.scores["best_single"].held_out.correct
+
+    shown = artifacts("s")
+    for key in (f"sweep-{sweep_id}-trials", f"sweep-{sweep_id}-progress", f"soup-{sweep_id}-decisions", f"soup-{sweep_id}-picture"):
+        assert key in shown
+    assert shown[f"sweep-{sweep_id}-progress"]["data"] == 100
+
+    for number, (png, label) in enumerate(pictures(10)):
+        (tmp_path / f"{number:03d}-{label}.png").write_bytes(png)
+    environ = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    command = [sys.executable, "-I", str(STRANGER), "models:/whole@champion", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert sum(label == answer for label, answer in answers) == report.scores["greedy"].test.correct
+
+    # the same request again: no trial runs, no version
+    before = len(runs_of(f"sweep:{sweep_id}"))
+    assert watch_to_end(retrain(request)) == sweep_id
+    again = [run.name for run in runs_of(f"sweep:{sweep_id}")][before:]
+    assert not [name for name in again if name.startswith("trial-")]
+    assert registry.find_version("whole", report.soup_sha256) == version
+    assert tracking.read_report(sweep_id) == report
+
+
+def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(stack, request_for):
+    mixed = {"seeds": (1, 2, 3, 4), "augmentations": ("none", "deployments.demo.nowhere:missing")}
+    lenient = request_for("mixed", **mixed, quorum=0.25)
+    sweep_id = watch_to_end(retrain(lenient))
+    failing = [trial.id for trial in tracking.read_sweep(sweep_id).trials if "nowhere" in trial.settings.augmentation]
+    assert 0 < len(failing) < 4
+    rows = {row["trial"]: row["ended"] for row in json.loads(artifacts(f"sweep-{sweep_id}-trials")[f"sweep-{sweep_id}-trials"]["data"])}
+    assert all("nowhere" in rows[trial] for trial in failing)
+    for trial in failing:
+        assert len(runs_of(f"trial:{trial}")) == 1, "a trial's own fault is not worth a second attempt"
+
+    strict = lenient.model_copy(update={"fan_out": lenient.fan_out.model_copy(update={"quorum": 1.0})})
+    with pytest.raises(StockpotError, match=f"{4 - len(failing)} of 4 trials of sweep {sweep_id} finished, 4 are needed") as caught:
+        watch_to_end(retrain(strict))
+    assert all(trial in str(caught.value) for trial in failing)
+
+
+def test_a_killed_trial_is_started_again_and_the_sweep_ends_complete(stack, request_for):
+    started = retrain(request_for("killed", seeds=(5,), epochs=60))
+    (run,) = running_trials("killed", 1)
+    time.sleep(5)
+    os.kill(pid(run), signal.SIGKILL)
+    sweep_id = watch_to_end(started)
+    attempts = [one for one in runs_of(f"sweep:{sweep_id}") if one.name.startswith("trial-")]
+    assert [(one.state.type.value, "attempt-2" in one.name) for one in attempts] == [("CRASHED", False), ("COMPLETED", True)]
+    delay = (attempts[1].expected_start_time - attempts[0].end_time).total_seconds()
+    assert delay > 3, "the next attempt waits"
+    assert len(tracking.find_ingredients(tracking.read_sweep(sweep_id))) == 1
+
+
+def test_cancelling_the_parent_cancels_its_children(stack, request_for):
+    started = retrain(request_for("cancelled", seeds=(6, 7), epochs=5000))
+    children = running_trials("cancelled", 2)
+    pids = [pid(run) for run in children]
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(started.id, Cancelling())
+    wait_for(lambda: all(run.state.is_cancelled() for run in runs_of("model:cancelled")), timeout_s=90)
+    wait_for(lambda: not any(psutil.pid_exists(number) for number in pids), timeout_s=30)
+
+
+def test_a_retraining_whose_parent_died_is_taken_up_without_doubling_its_trials(stack, request_for):
+    request = request_for("orphaned", seeds=(8,), epochs=100)
+    first = retrain(request)
+    (child,) = running_trials("orphaned", 1)
+    with get_client(sync_client=True) as client:
+        os.kill(pid(client.read_flow_run(first.id)), signal.SIGKILL)
+    sweep_id = watch_to_end(retrain(request))
+    trials = [run.id for run in runs_of(f"sweep:{sweep_id}") if run.name.startswith("trial-")]
+    assert trials == [child.id]
