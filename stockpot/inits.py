@@ -25,8 +25,9 @@ from stockpot.models import Base, Classifier, ModelConfig, build, load_base, loa
 from stockpot.shards import pixels
 from stockpot.snapshots import open_snapshot
 
-PROBE_PENALTY = 1e-5
-"""Weight of the pull towards the starting head, per squared unit of difference: it makes the probe's optimum unique."""
+PROBE_SD = 10.0
+"""Standard deviation of the Gaussian prior around the starting head, which makes the probe's optimum unique where classes are separable.
+Wide: a CLIP head's rows are 14 to 100 long, over 64 to 1024 features."""
 
 
 def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str) -> Init:
@@ -97,7 +98,7 @@ def _start(loaded: Base, spec: InitSpec, classes: tuple[str, ...], classifier: C
 def linear_probe(
     features_ND: Tensor, labels_N: np.ndarray, weight_CD: Tensor, bias_C: Tensor, *, rows: int = 16_384
 ) -> tuple[Tensor, Tensor]:
-    """The head that minimises mean cross-entropy plus `PROBE_PENALTY` / 2 times the squared distance from the head it starts from.
+    """The most probable head under a Gaussian prior, `PROBE_SD` wide, around the head it starts from.
 
     Strictly convex, solved by L-BFGS in float64 until the gradient vanishes, so neither a seed nor a step count decides the result.
     `rows` bounds memory: features are visited in pieces of that many.
@@ -111,7 +112,7 @@ def linear_probe(
 
     def closure() -> Tensor:
         search.zero_grad()
-        loss = PROBE_PENALTY / 2 * (head_CD - start_CD).square().sum()
+        loss = (head_CD - start_CD).square().sum() / (2 * PROBE_SD**2 * len(labels))
         loss.backward()  # type: ignore[no-untyped-call]
         for low in range(0, len(labels), rows):
             logits_NC = functional.linear(features_ND[low : low + rows].double(), head_CD[:, :-1], head_CD[:, -1])

@@ -42,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 def optimiser(model: nn.Module, settings: TrialSettings) -> torch.optim.Optimizer:
     """A fresh optimiser over the model's trainable parameters."""
-    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
+    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, fused=True)
 
 
 def set_learning_rate(rule: torch.optim.Optimizer, rate: float) -> None:

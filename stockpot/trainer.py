@@ -66,7 +66,7 @@ def train(
             losses.append(_step(model, rule, batch, step, settings=settings, preprocess=preprocess, device=device))
             step += 1
             if step % LOG_EVERY_STEPS == 0 or step == total_steps:
-                log({"loss": _mean_loss(losses, step), "learning_rate": rate, "epoch": step / steps_per_epoch}, step)
+                log({"train/loss": _mean_loss(losses, step), "train/learning_rate": rate, "train/epoch": step / steps_per_epoch}, step)
                 losses.clear()
     name = first_non_finite(model.state_dict())
     if name is not None:

@@ -4,7 +4,7 @@ A trial is complete in itself and known by its digest: one that is already in th
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,14 +15,14 @@ from torch import Tensor
 from stockpot import inits, tracking
 from stockpot.augmentation import augmentation
 from stockpot.checkpoints import save_weights
-from stockpot.config import Trial
+from stockpot.config import Trial, TrialSettings
 from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, logits
 from stockpot.models import Classifier, build, load_state
 from stockpot.outcomes import Ingredient
 from stockpot.shards import Pixels, TrainReader, pixels
 from stockpot.snapshots import Snapshot, open_snapshot
-from stockpot.trainer import Batch, train
+from stockpot.trainer import Log, train
 
 Say = Callable[[str], None]
 
@@ -46,7 +46,15 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest, "device": device})
         model = build(config)
         load_state(model, state)
-        step = _train(trial, model, snapshot, device=device, log=log, say=say)
+        step = fine_tune(
+            model,
+            trial.settings,
+            snapshot,
+            loader_workers=trial.loader_workers,
+            skip_fraction=trial.skip_fraction,
+            device=device,
+            log=_note(trial, log, say),
+        )
         held_out = pixels(snapshot, "held_out", config.preprocess)
         logits_NC = logits(model, held_out.images, config.preprocess, device=device)
         score = accuracy(logits_NC, held_out.labels)
@@ -56,32 +64,45 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         return log.record_ingredient(Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step)
 
 
-def _train(trial: Trial, model: Classifier, snapshot: Snapshot, *, device: str, log: tracking.TrialLog, say: Say) -> int:
-    """Fine-tune in place; returns the number of optimiser steps."""
-    settings, preprocess = trial.settings, model.config.preprocess
+def fine_tune(
+    model: Classifier,
+    settings: TrialSettings,
+    snapshot: Snapshot,
+    *,
+    loader_workers: int = 0,
+    skip_fraction: float = 0.0,
+    device: str = "cpu",
+    log: Log = lambda _metrics, _step: None,
+) -> int:
+    """Train the model in place on the snapshot's train split; returns the number of optimiser steps."""
+    preprocess = model.config.preprocess
     reader = TrainReader(
         snapshot,
         preprocess=preprocess,
         augment=augmentation(settings.augmentation, preprocess),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        loader_workers=trial.loader_workers,
-        skip_fraction=trial.skip_fraction,
+        loader_workers=loader_workers,
+        skip_fraction=skip_fraction,
         # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
         drop_last=snapshot.counts["train"] >= settings.batch_size,
     )
+    train(model, settings, reader.batches, steps_per_epoch=reader.steps_per_epoch, preprocess=preprocess, device=device, log=log)
     total_steps = settings.epochs * reader.steps_per_epoch
+    log({f"data/{name}": float(value) for name, value in reader.counters.items()}, total_steps)
+    return total_steps
+
+
+def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
+    """Metrics to the ledger, and a line for whoever watches."""
 
     def note(metrics: dict[str, float], step: int) -> None:
-        log.metrics({f"train/{name}": value for name, value in metrics.items()}, step)
-        say(f"trial {trial.index:02d} step {step}/{total_steps} loss {metrics['loss']:.4f} lr {metrics['learning_rate']:.2e}")
+        log.metrics(metrics, step)
+        if "train/loss" in metrics:
+            loss, rate, epoch = (metrics[f"train/{name}"] for name in ("loss", "learning_rate", "epoch"))
+            say(f"trial {trial.index:02d} step {step} epoch {epoch:.1f}/{trial.settings.epochs} loss {loss:.4f} lr {rate:.2e}")
 
-    def batches(epoch: int) -> Iterable[Batch]:
-        return reader.batches(epoch)
-
-    train(model, settings, batches, steps_per_epoch=reader.steps_per_epoch, preprocess=preprocess, device=device, log=note)
-    log.metrics({f"data/{name}": float(value) for name, value in reader.counters.items()}, total_steps)
-    return total_steps
+    return note
 
 
 def _write_ingredient(folder: Path, trial: Trial, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:

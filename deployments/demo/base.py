@@ -4,12 +4,11 @@ It is weak on purpose, which leaves fine-tuning something to do: 300 images, and
 name a random digit. usage: python -m deployments.demo.base PRETRAIN_SNAPSHOT OUT_URI [SEED]     prints the config's and the weights' URI
 """
 
-# B batch, D features
+# B batch, D features, T distinct texts
 
 import json
 import random
 import sys
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,18 +70,19 @@ def train(snapshot_uri: str, seed: int) -> nn.Module:
     preprocess = Preprocess(**CONFIG["preprocess_cfg"])
     split = pixels(snapshot, "train", preprocess)
     tokenizer = open_clip.SimpleTokenizer(context_length=12)
-    tokens = cache(lambda text: tokenizer(text)[0])
     torch.manual_seed(seed)
     model: nn.Module = open_clip.CLIP(**CONFIG["model_cfg"]).train()
-    rule = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE)
+    rule = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     for step in range(STEPS):
         rng = random.Random(f"{seed}/{step}")
         rows = [rng.randrange(len(split.labels)) for _ in range(BATCH)]
         images_B3HW = torch.stack([augment.medium(torch.as_tensor(np.array(split.images[row])), rng.getrandbits(63), 32) for row in rows])
-        captions = torch.stack([tokens(caption(int(split.labels[row]), snapshot.classes, rng)) for row in rows])
+        # Each distinct caption is encoded once: a batch has few.
+        texts, places = np.unique([caption(int(split.labels[row]), snapshot.classes, rng) for row in rows], return_inverse=True)
         for group in rule.param_groups:
             group["lr"] = LEARNING_RATE * _rate(step)
-        loss = contrast(*model(normalise(images_B3HW, preprocess), captions))
+        images_BD, texts_TD, scale = model(normalise(images_B3HW, preprocess), tokenizer(list(texts)))
+        loss = contrast(images_BD, texts_TD[places], scale)
         rule.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
