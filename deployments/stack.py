@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import psutil
 
 from deployments.local import components, guardian
-from deployments.local.prefect_api import crash_interrupted_runs, worker_online
+from deployments.local.prefect_api import crash_interrupted_runs, make_pool, worker_online
 from deployments.local.processes import Supervisor, answers
 from deployments.local.state import Lock, alive, choose_ports, clear_leftovers, credentials, read_running, write_running
 from stockpot.errors import StackError
@@ -178,12 +178,13 @@ def _start(supervisor: Supervisor, state: Path, ports: dict[str, int], environ: 
     supervisor.wait("seaweedfs", lambda: components.has_buckets(environ), deadline)
     supervisor.wait("prefect", lambda: answers(urls["prefect"]), deadline)
     crash_interrupted_runs(api)
+    for pool in components.POOLS:
+        make_pool(api, pool, components.pool_template())
     if workers:
-        components.write_pool_template(state)
         supervisor.start(components.worker("control", None, state, environ))
         supervisor.start(components.worker("gpu", components.trials_at_once(), state, environ))
     supervisor.wait("mlflow", lambda: answers(urls["mlflow"]), deadline)
-    for pool in ("control", "gpu") if workers else ():
+    for pool in components.POOLS if workers else ():
         supervisor.wait(f"worker-{pool}", lambda pool=pool: worker_online(api, pool), deadline)  # type: ignore[misc]
 
 

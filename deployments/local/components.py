@@ -5,12 +5,14 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stockpot.devices import gpu_count
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where flows and tasks are imported from: the working directory of every flow run."""
 BUCKETS = ("stockpot", "mlflow")
+POOLS = ("control", "gpu")
 WITHOUT_GPU = 2
 """Trials at a time on a node without a GPU."""
 
@@ -74,11 +76,11 @@ def has_buckets(environ: dict[str, str]) -> bool:
     return True
 
 
-def write_pool_template(state: Path) -> None:
-    """The job template a worker makes its pool from: the ready-made one, with this repository as working directory."""
-    template = json.loads((ROOT / "deployments" / "pools" / "process.json").read_text())
+def pool_template() -> dict[str, Any]:
+    """The ready-made job template of a process pool, with this repository as the working directory of its flow runs."""
+    template: dict[str, Any] = json.loads((ROOT / "deployments" / "pools" / "process.json").read_text())
     template["variables"]["properties"]["working_dir"]["default"] = str(ROOT)
-    (state / "pool.json").write_text(json.dumps(template, indent=1))
+    return template
 
 
 def surroundings() -> dict[str, str]:
@@ -169,13 +171,13 @@ def prefect_server(state: Path, ports: dict[str, int]) -> Component:
 
 
 def worker(pool: str, limit: int | None, state: Path, shared: dict[str, str]) -> Component:
-    """A Prefect process worker; it makes its pool, whose flow runs work in this repository, when there is none."""
+    """A Prefect process worker of one pool."""
     limits = ("--limit", str(limit)) if limit else ()
     return Component(
         name=f"worker-{pool}",
         argv=(
             sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-local",
-            "--install-policy", "never", "--base-job-template", str(state / "pool.json"), *limits,
+            "--install-policy", "never", *limits,
         ),
         environ={
             **shared,

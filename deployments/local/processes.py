@@ -77,8 +77,8 @@ class Supervisor:
     def wait(self, name: str, ready: Callable[[], bool], deadline: float) -> None:
         """Poll until a component is ready. Raises `StackError` with its last log lines when it dies for good, or at `deadline`."""
         while not ready():
-            if name in self.dead:
-                raise StackError(self.dead[name])
+            for sentence in self.dead.values():
+                raise StackError(sentence)
             if time.monotonic() > deadline:
                 raise StackError(f"{name} did not become ready in time; its last lines: {self._last_lines(name)}")
             time.sleep(0.1)

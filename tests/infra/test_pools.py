@@ -2,7 +2,6 @@
 memory and no root."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -11,7 +10,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.workers.process import ProcessWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
-from deployments.local.components import ROOT, write_pool_template
+from deployments.local.components import ROOT, pool_template
 
 POOLS = ROOT / "deployments" / "pools"
 
@@ -26,11 +25,10 @@ async def manifest(values: dict[str, Any]) -> dict[str, Any]:
     return configuration.job_manifest
 
 
-def test_the_process_template_is_prefects_own_with_a_working_directory(tmp_path: Path) -> None:
-    write_pool_template(tmp_path)
-    written = json.loads((tmp_path / "pool.json").read_text())
-    assert written["variables"]["properties"]["working_dir"]["default"] == str(ROOT)
-    assert written["job_configuration"] == ProcessWorker.get_default_base_job_template()["job_configuration"]
+def test_the_process_template_is_prefects_own_with_a_working_directory() -> None:
+    filled = pool_template()
+    assert filled["variables"]["properties"]["working_dir"]["default"] == str(ROOT)
+    assert filled["job_configuration"] == ProcessWorker.get_default_base_job_template()["job_configuration"]
 
 
 def test_the_kubernetes_template_keeps_every_variable_of_prefects_own() -> None:
