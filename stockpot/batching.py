@@ -1,6 +1,7 @@
 """Making one batch, in any process: samples are read by their place in verified shard files, decoded and augmented."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Maker(Dataset[Made]):
     augment: Augment | None
     seed: int
     _files: dict[int, int] = field(default_factory=dict)
+    _fetched: Counter[str] = field(default_factory=Counter)
 
     def __getitem__(self, wanted: Wanted) -> Made:
         return self.make(wanted)
@@ -78,7 +80,9 @@ class Maker(Dataset[Made]):
         side = self.preprocess.size
         batch = torch.stack([image for image in images if isinstance(image, Tensor)]) if good else torch.empty(0, 3, side, side).byte()
         labels = torch.from_numpy(rows["label"][good].astype(np.int64))
-        return Made(batch, labels, {"planned": len(images), "read": len(good), "skipped": len(skipped)}, skipped)
+        counts = {"planned": len(images), "read": len(good), "skipped": len(skipped), **self._fetched}
+        self._fetched.clear()
+        return Made(batch, labels, counts, skipped)
 
     def _where(self, sample: int, reason: str) -> str:
         shard = self.snapshot.manifest.shards[int(self.snapshot.index.rows[sample]["shard"])].key
@@ -88,7 +92,9 @@ class Maker(Dataset[Made]):
         if shard not in self._files:
             while len(self._files) >= OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.snapshot.fetch_shard(shard).path, os.O_RDONLY)
+            fetched = self.snapshot.fetch_shard(shard)
+            self._fetched.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)  # a hit is counted by the reader
+            self._files[shard] = os.open(fetched.path, os.O_RDONLY)
         return os.pread(self._files[shard], size, offset)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def decode(data: bytes) -> Tensor:
             return image
         return _decode_with_pillow(data)
     except (RuntimeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].rpartition(".cpp:")[2]
         raise Undecodable(f"is not a readable image ({reason}; starts with {data[:8]!r})") from error
 
 

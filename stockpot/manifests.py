@@ -139,7 +139,7 @@ def _rule_of(extends: PinnedSnapshot, group_by: str, classes: tuple[str, ...]) -
     old = open_snapshot(extends).manifest
     if old.rule is None or old.rule.group_by != group_by:
         raise BadRequest(
-            f"{extends.uri} is grouped by {old.rule.group_by if old.rule else 'nothing (it is one split)'}, the new snapshot by {group_by}: "
+            f"{extends.uri} is grouped by {old.rule.group_by if old.rule else 'nothing (it is one split)'}, the new one by {group_by}: "
             "extend it with the same grouping, or publish without extending."
         )
     if classes[: len(old.classes)] != old.classes:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from stockpot import storage
 from stockpot.config import Closed, PinnedSnapshot
 from stockpot.digests import canonical, digest
-from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken, SnapshotMissing
+from stockpot.errors import BadRequest, ObjectExists, ObjectMissing, SnapshotBroken, SnapshotMissing
 from stockpot.indexing import Index
 from stockpot.node_cache import Fetched, NodeCache
 from stockpot.splits import SPLITS, SplitRule
@@ -146,8 +146,10 @@ def commit(root: str, manifest: Manifest) -> PinnedSnapshot:
     """
     identity = digest(manifest)
     uri = storage.join(root, f"snapshots/{identity}.json")
-    if not storage.exists(uri):
+    try:
         storage.write_bytes(uri, canonical(manifest), create=True)
+    except ObjectExists:
+        open_snapshot(PinnedSnapshot(uri=uri, digest=identity))  # the same snapshot, by another publisher or an earlier attempt
     storage.write_bytes(storage.join(root, "snapshots/latest"), f"{identity}\n".encode())
     return PinnedSnapshot(uri=uri, digest=identity)
 

@@ -1,0 +1,142 @@
+"""The storage door: files and S3 behave alike; conditional create decides races; bad credentials, buckets, prefixes and silent servers are one
+sentence in under five seconds."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from stockpot import storage
+from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, SnapshotBroken, StorageError, StorageRefused
+from tests.object_store import ObjectStore
+
+
+@pytest.fixture(params=["path", "file", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        store: ObjectStore = request.getfixturevalue("s3")
+        return store.uri(f"storage-{tmp_path.name}")
+    return str(tmp_path / "root") if request.param == "path" else f"file://{tmp_path}/root"
+
+
+def test_what_is_written_is_read(root: str) -> None:
+    storage.write_bytes(storage.join(root, "a/b"), b"one")
+    storage.write_bytes(storage.join(root, "a/b"), b"two")
+    assert storage.read_bytes(storage.join(root, "a/b")) == b"two"
+    assert storage.exists(storage.join(root, "a/b"))
+    assert not storage.exists(storage.join(root, "a"))
+
+
+def test_the_second_conditional_create_is_refused_and_changes_nothing(root: str) -> None:
+    uri = storage.join(root, "once")
+    storage.write_bytes(uri, b"first", create=True)
+    with pytest.raises(ObjectExists, match="once"):
+        storage.write_bytes(uri, b"second", create=True)
+    assert storage.read_bytes(uri) == b"first"
+
+
+def test_a_listing_gives_every_object_below_a_prefix_with_its_size(root: str) -> None:
+    for name in ("p/1", "p/2/3", "q"):
+        storage.write_bytes(storage.join(root, name), b"x" * len(name))
+    assert [(item.uri, item.size) for item in storage.list_prefix(storage.join(root, "p/"))] == [
+        (storage.join(root, "p/1"), 3),
+        (storage.join(root, "p/2/3"), 5),
+    ]
+    assert storage.list_prefix(storage.join(root, "none/")) == []
+
+
+def test_a_file_goes_up_and_comes_down_whole_and_a_wrong_hash_is_refused(root: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(5 * 2**20 + 17))
+    storage.upload(source, storage.join(root, "big"))
+    storage.download(storage.join(root, "big"), target)
+    assert target.read_bytes() == source.read_bytes()
+    target.unlink()
+    with pytest.raises(SnapshotBroken, match="sha256"):
+        storage.download(storage.join(root, "big"), target, sha256="0" * 64)
+    assert not target.exists()
+    assert not list(tmp_path.glob(".stockpot-*"))
+
+
+def test_an_empty_object_is_read_as_empty(root: str) -> None:
+    storage.write_bytes(storage.join(root, "empty"), b"")
+    assert storage.read_bytes(storage.join(root, "empty")) == b""
+
+
+def test_what_is_missing_is_named(root: str) -> None:
+    with pytest.raises(ObjectMissing, match="nowhere"):
+        storage.read_bytes(storage.join(root, "nowhere"))
+    with pytest.raises(ObjectMissing):
+        storage.check(storage.join(root, "nowhere"))
+    storage.remove(storage.join(root, "nowhere"))
+
+
+def test_an_object_replaced_since_it_was_listed_is_refused(root: str) -> None:
+    uri = storage.join(root, "changing")
+    storage.write_bytes(uri, b"old content")
+    etag = storage.list_prefix(uri)[0].etag
+    storage.write_bytes(uri, b"new content!")
+    with pytest.raises(SnapshotBroken, match="replaced"):
+        storage.fetch(uri, lambda _: None, etag=etag)
+
+
+def test_a_disk_that_cannot_be_written_is_named_not_the_server(root: str) -> None:
+    storage.write_bytes(storage.join(root, "data"), b"x" * 1000)
+
+    def full(_: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        storage.fetch(storage.join(root, "data"), full)
+
+
+def test_large_uploads_are_created_once_too(s3: ObjectStore, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(34 * 2**20))
+    storage.upload(big, s3.uri("large"), create=True)
+    with pytest.raises(ObjectExists):
+        storage.upload(big, s3.uri("large"), create=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, StorageRefused, ["refused", "0042", "127.0.0.1"]),
+        ({"AWS_ACCESS_KEY_ID": "NOBODYKNOWS9999"}, StorageRefused, ["9999", "s3://stockpot/some"]),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, StorageRefused, ["no key in the environment"]),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ServerUnreachable, ["127.0.0.1:9", "AWS_ENDPOINT_URL"]),
+    ],
+)
+def test_a_store_that_refuses_is_said_in_under_five_seconds(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], error: type[Exception], words: list[str]
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    started = time.monotonic()
+    with pytest.raises(error) as caught:
+        storage.check(s3.uri("some"))
+    assert time.monotonic() - started < 5
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"), [("s3://no-such-bucket/x", "no bucket `no-such-bucket`"), ("s3://stockpot/empty/", "Nothing is stored")]
+)
+def test_missing_buckets_and_empty_prefixes_are_said_in_under_five_seconds(s3: ObjectStore, uri: str, words: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ObjectMissing, match=words):
+        storage.check(uri)
+    assert time.monotonic() - started < 5
+
+
+def test_an_endpoint_that_never_answers_is_said_in_under_five_seconds(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(ServerUnreachable, match="no answer"):
+            storage.check(s3.uri("some"))
+        assert time.monotonic() - started < 5
