@@ -1,14 +1,16 @@
-"""What is done to a training image. One function per name: (uint8 CHW of any size, seed) to uint8 CHW, `size` by `size`.
+"""What is done to a training image: (uint8 CHW of any size, seed) to uint8 CHW, `size` by `size`.
 
 The seed alone decides the draw, and every sample and epoch has its own, so neither the order of workers nor a resume changes a pixel.
 The names are those of Wortsman et al. 2022, appendix J.2.1: minimal is a crop of 90-100 % of the area, medium is timm's default,
-strong is RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with N=2, M=15.
+strong is RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with N=2, M=15. All are plain values, so that a loader process can have one.
 """
 
 import importlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,74 +24,125 @@ from stockpot.errors import BadRequest
 
 Augment = Callable[[Tensor, int], Tensor]
 
+LOG2_WIDEST = 0.41503749927884376
+"""log2(4/3): crops have an aspect between 3:4 and 4:3."""
 TIMM_STRINGS = {"strong": "rand-m15-n2", "medium": None}
 """Names that stand for a timm auto-augment string (None: timm's default transform without one)."""
+TIMM_POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 
-def augmentation(name: str, preprocess: Preprocess) -> Augment | None:
+def augmentation(name: str, preprocess: Preprocess, *, smallest_crop: float | None = None) -> Augment | None:
     """The augmentation of that name, None for `none`.
 
-    `package.module:function` is called as function(image, seed, size). Raises `BadRequest` for a name nothing answers to.
+    smallest_crop: share of the area; None is 0.9 for minimal and timm's 0.08 for the others. `package.module:function` is called as
+    function(image, seed, size) and crops as it likes. Raises `BadRequest` for a name nothing answers to.
     """
     if name == "none":
         return None
     if name == "minimal":
-        return _crop(preprocess, smallest=0.9)
+        return Crop(preprocess, 0.9 if smallest_crop is None else smallest_crop)
     if ":" in name:
-        return _imported(name, preprocess)
+        return Imported(name, preprocess.size).found()
+    smallest = 0.08 if smallest_crop is None else smallest_crop
+    if name == "stochastic":
+        return Stochastic(preprocess, smallest)
     policy = TIMM_STRINGS.get(name, name)
-    if policy is not None and policy.split("-")[0] not in {"rand", "augmix", "original", "originalr", "v0", "v0r", "3a"}:
+    if policy is not None and policy.split("-")[0] not in TIMM_POLICIES:
         raise BadRequest(
-            f"There is no augmentation `{name}`: write none, minimal, medium, strong, a timm string such as `rand-m9-n2`, "
+            f"There is no augmentation `{name}`: write none, minimal, medium, strong, stochastic, a timm string such as `rand-m9-n2`, "
             "or `package.module:name`."
         )
-    return _timm(policy, preprocess)
+    return TimmPolicy(preprocess, smallest, policy)
 
 
-def _crop(preprocess: Preprocess, *, smallest: float) -> Augment:
-    """A crop of `smallest` to all of the area with an aspect between 3/4 and 4/3, resized."""
-    interpolation = InterpolationMode(preprocess.interpolation)
+@dataclass(frozen=True)
+class Crop:
+    """A crop of `smallest` to all of the area, resized."""
 
-    def crop(image_CHW: Tensor, seed: int) -> Tensor:
+    preprocess: Preprocess
+    smallest: float
+
+    def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
         rng = random.Random(seed)
         height, width = image_CHW.shape[1:]
-        share, aspect = rng.uniform(smallest, 1.0), 2 ** (rng.uniform(-1, 1) * 0.41503749927884376)  # log2(4/3)
-        tall = min(height, max(1, round((height * width * share / aspect) ** 0.5)))
-        wide = min(width, max(1, round((height * width * share * aspect) ** 0.5)))
+        area, aspect = height * width * rng.uniform(self.smallest, 1.0), 2 ** rng.uniform(-LOG2_WIDEST, LOG2_WIDEST)
+        tall, wide = min(height, max(1, round((area / aspect) ** 0.5))), min(width, max(1, round((area * aspect) ** 0.5)))
         top, left = rng.randint(0, height - tall), rng.randint(0, width - wide)
-        cut: Tensor = images.resized_crop(image_CHW, top, left, tall, wide, [preprocess.size] * 2, interpolation, antialias=True)
+        size, interpolation = [self.preprocess.size] * 2, InterpolationMode(self.preprocess.interpolation)
+        cut: Tensor = images.resized_crop(image_CHW, top, left, tall, wide, size, interpolation, antialias=True)
         return cut
 
-    return crop
 
+@dataclass(frozen=True)
+class TimmPolicy:
+    """timm's training transform: random crop, flip, and colour jitter or an auto-augment policy."""
 
-def _timm(policy: str | None, preprocess: Preprocess) -> Augment:
-    from timm.data import create_transform
+    preprocess: Preprocess
+    smallest: float
+    policy: str | None
 
-    transform = create_transform(
-        preprocess.size,
-        is_training=True,
-        auto_augment=policy,
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean,
-        normalize=False,
-    )
+    @cached_property
+    def _transform(self) -> Any:
+        from timm.data import create_transform
 
-    def augment(image_CHW: Tensor, seed: int) -> Tensor:
+        return create_transform(
+            self.preprocess.size,
+            is_training=True,
+            scale=(self.smallest, 1.0),
+            auto_augment=self.policy,
+            interpolation=self.preprocess.interpolation,
+            mean=self.preprocess.mean,
+            normalize=False,
+        )
+
+    def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
         with seeded(seed):
-            result: Tensor = transform(images.to_pil_image(image_CHW))
+            result: Tensor = self._transform(images.to_pil_image(image_CHW))
         return result
 
-    return augment
+
+@dataclass(frozen=True)
+class Stochastic:
+    """RandAugment with a magnitude of 0 to 20 and 0 to 2 operations, drawn for every image."""
+
+    preprocess: Preprocess
+    smallest: float
+
+    @cached_property
+    def _levels(self) -> dict[tuple[int, int], TimmPolicy]:
+        levels = [(magnitude, operations) for magnitude in range(21) for operations in range(3)]
+        return {(m, n): TimmPolicy(self.preprocess, self.smallest, f"rand-m{m}-n{n}" if n else None) for m, n in levels}
+
+    def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
+        rng = random.Random(seed)
+        return self._levels[rng.randrange(21), rng.randrange(3)](image_CHW, rng.getrandbits(63))
 
 
-def _imported(name: str, preprocess: Preprocess) -> Augment:
-    module, _, attribute = name.partition(":")
-    try:
-        function: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BadRequest(f"The augmentation `{name}` cannot be imported ({error}); it must be installed where the trial runs.") from error
-    return lambda image_CHW, seed: function(image_CHW, seed, preprocess.size)
+@dataclass(frozen=True)
+class Imported:
+    """A function of the user's own, by name."""
+
+    name: str
+    size: int
+
+    def found(self) -> "Imported":
+        """This one, after a look whether it can be imported."""
+        try:
+            assert callable(self._function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise BadRequest(
+                f"The augmentation `{self.name}` cannot be imported ({error}); it must be installed where the trial runs."
+            ) from error
+        return self
+
+    @property
+    def _function(self) -> Any:
+        module, _, attribute = self.name.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
+        result: Tensor = self._function(image_CHW, seed, self.size)
+        return result
 
 
 @contextmanager

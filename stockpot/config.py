@@ -31,7 +31,9 @@ class DataSpec(Closed):
     )
     test: Uri | None = Field(None, description="Snapshot read once, for the report; it never selects.")
     shifts: dict[str, Uri] = Field(default_factory=dict, description="Shift suites, name to snapshot: reported and gated, never selecting.")
-    loader_workers: int = Field(0, ge=0, le=64, description="Processes that decode and augment for one trial. 0 decodes in the trial itself.")
+    loader_workers: int = Field(
+        0, ge=0, le=64, description="Processes that decode and augment for one trial. 0 decodes in the trial itself."
+    )
     skip_fraction: Fraction = Field(
         0.0, description="Share of train samples that may be unreadable before the trial fails. held_out, gate and test allow none."
     )
@@ -74,17 +76,48 @@ class TrialSettings(Closed):
     learning_rate: float = Field(2e-5, gt=0, lt=1, description="Peak learning rate, reached after the warm-up.")
     weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay; biases and norms are exempt.")
     epochs: int = Field(10, ge=1, le=10_000, description="Passes over the train split.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimiser steps after which training ends, before its epochs do. The schedule ends there too."
+    )
     batch_size: int = Field(512, ge=1, description="Images per optimiser step, over all devices of the trial.")
-    optimiser: Literal["adamw"] = Field("adamw", description="Update rule.")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Images per forward pass; their gradients are summed up to the batch. None: the whole batch at once."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 computes under autocast; weights and optimiser stay in fp32.")
+    optimiser: Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"] = Field(
+        "adamw", description="Update rule. adam couples its weight decay to the gradient; sgd and rmsprop have momentum 0.9."
+    )
+    sam_rho: float = Field(
+        0.0, ge=0, le=10, description="Radius of sharpness-aware minimisation around any rule, at twice the cost of a step; 0 is off."
+    )
     schedule: Literal["cosine", "constant", "linear"] = Field("cosine", description="Learning rate after the warm-up: to zero, or held.")
     warmup_steps: int = Field(500, ge=0, description="Steps of linear rise from zero; never more than a tenth of all steps.")
+    loss: str = Field(
+        "cross_entropy", description="cross_entropy, binary_cross_entropy (summed over classes), or `package.module:name`, called with "
+        "logits and target probabilities, both (B, C)."
+    )  # fmt: skip
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
     mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta distribution; 0 switches it off.")
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Alpha of CutMix's Beta distribution; 0 is off. Beside mixup, each batch has one of the two, equally likely.",
+    )
     augmentation: str = Field(
         "minimal",
         min_length=1,
-        description="none, minimal (crop 90-100 %), medium, strong (RandAugment), a timm string such as `rand-m9-n2`, or `package.module:name` "
-        "of your own.",
+        description="none, minimal (crop 90-100 %), medium (timm's default), strong (`rand-m15-n2`), stochastic (RandAugment of a random "
+        "level per image), a timm string such as `rand-m9-n2`, or `package.module:name` of your own.",
+    )
+    last_epoch_augmentation: str | None = Field(
+        None, description="Augmentation of the last epoch, such as `minimal` after strong ones. None: as in the others."
+    )
+    smallest_crop: Fraction | None = Field(
+        None, gt=0, description="Smallest share of the image's area that a crop keeps. None: 0.9 for minimal, timm's 0.08 for the others."
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay per step of the weights' moving average, which then is the ingredient; 0 is off."
     )
     clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
     seed: int = Field(0, ge=0, description="Order of samples and augmentation of this trial.")
@@ -151,7 +184,9 @@ class SweepSpec(Closed):
 
     trials: int = Field(8, ge=1, le=1000, description="Number of trials. More trials later keep the ones already drawn.")
     seed: int = Field(0, ge=0, description="The same request and seed draw the same trials on any machine.")
-    settings: TrialSettings = Field(default_factory=TrialSettings, description="What all trials share, where the space does not say otherwise.")  # type: ignore[arg-type]
+    settings: TrialSettings = Field(
+        default_factory=TrialSettings, description="What all trials share, where the space does not say otherwise."
+    )  # type: ignore[arg-type]
     space: dict[str, Distribution] = Field(
         default_factory=dict,
         description="A distribution for any field of the settings, such as `learning_rate: {log_uniform: [1e-6, 1e-4]}`. "
@@ -180,6 +215,11 @@ class GateSpec(Closed):
 
     gate_tolerance: Fraction = Field(0.0, description="Largest loss of gate accuracy against the champion that still passes.")
     shift_tolerance: Fraction = Field(0.02, description="Largest loss of accuracy on any one shift suite that still passes.")
+    suite_tolerances: dict[str, Fraction] = Field(default_factory=dict, description="Another tolerance for single suites, by name.")
+    calibration_tolerance: Fraction | None = Field(
+        None,
+        description="Largest rise of the expected calibration error on the gate split that still passes. None: it is reported, not judged.",
+    )
 
 
 class FanOutSpec(Closed):
@@ -188,10 +228,17 @@ class FanOutSpec(Closed):
     deployment: str = Field("finetune/stockpot", description="The Prefect deployment that runs one trial.")
     quorum: Fraction = Field(0.5, description="Share of the trials that must finish before a soup is cooked.")
     deadline_s: int | None = Field(
-        None, ge=1, description="Seconds after which the soup is cooked from what finished; running trials are cancelled. None: wait for all."
+        None,
+        ge=1,
+        description="Seconds after which the soup is cooked from what finished; running trials are cancelled. None: wait for all.",
     )
     attempts: int = Field(3, ge=1, le=20, description="How often a trial is started before it counts as failed. A trial that fails by its own "
                           "fault (bad numbers, bad data) is not started again.")  # fmt: skip
+    state_interval_s: int = Field(
+        300,
+        ge=1,
+        description="Seconds between training states in the store: a killed trial loses at most these. On SIGTERM one is written at once.",
+    )
     retry_delay_s: int = Field(30, ge=1, le=3600, description="Seconds between a crash and the next attempt.")
 
 
@@ -199,9 +246,12 @@ class RetrainRequest(Closed):
     """One retraining: from pinned data to a registered soup."""
 
     model: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Registered model, and MLflow experiment, that the soup becomes a version of."
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Registered model, and MLflow experiment, that the soup becomes a version of.",
     )
-    store: Uri = Field(description="Prefix in object storage where Stockpot keeps inits and training states, such as `s3://stockpot/store`.")
+    store: Uri = Field(
+        description="Prefix in object storage where Stockpot keeps inits and training states, such as `s3://stockpot/store`."
+    )
     data: DataSpec = Field(description="The snapshots to read.")
     base: BaseSpec = Field(description="The base model.")
     init: InitSpec = Field(default_factory=InitSpec, description="The shared start of all trials.")  # type: ignore[arg-type]
@@ -219,7 +269,9 @@ class Preprocess(Closed):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    resize_mode: Literal["shortest", "squash"] = Field("shortest", description="Shorter side to `size` and centre crop, or both sides to `size`.")
+    resize_mode: Literal["shortest", "squash"] = Field(
+        "shortest", description="Shorter side to `size` and centre crop, or both sides to `size`."
+    )
 
 
 class PinnedSnapshot(Closed):
@@ -257,6 +309,7 @@ class Trial(Closed):
     store: Uri
     loader_workers: int = 0
     skip_fraction: float = 0.0
+    state_interval_s: int = 300
 
 
 class Sweep(Closed):

@@ -4,7 +4,7 @@ A trial is complete in itself and known by its digest: one that is already in th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stockpot import inits, tracking
+from stockpot.attempts import Attempt
 from stockpot.augmentation import augmentation
 from stockpot.checkpoints import save_weights
 from stockpot.config import Trial, TrialSettings
@@ -20,9 +21,10 @@ from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, logits
 from stockpot.models import Classifier, build, load_state
 from stockpot.outcomes import Ingredient
+from stockpot.preemption import Preempted, deferred_sigterm
 from stockpot.shards import Pixels, TrainReader, pixels
 from stockpot.snapshots import Snapshot, open_snapshot
-from stockpot.trainer import Log, train
+from stockpot.trainer import Batch, Checkpoint, Log, State, total_steps, train
 
 Say = Callable[[str], None]
 
@@ -30,38 +32,59 @@ Say = Callable[[str], None]
 def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1, say: Say) -> Ingredient:
     """Run the trial and record its ingredient, or return the one the ledger holds.
 
-    say: called with one line per event. Raises `TrialFailed` (`NonFinite`) when training fails by its own fault, `ModelError` when the
-    init is not the one the trial was drawn for, and whatever the data or the ledger refuse.
+    An interrupted trial goes on from its last training state. say: called with one line per event. Raises `TrialFailed` (`NonFinite`)
+    when training fails by its own fault, `ModelError` when the init is not the one the trial was drawn for, and whatever the data or the
+    ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
     """
     done = tracking.find_ingredient(trial.model, trial.id)
     if done is not None:
         say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
         return done.model_copy(update={"index": trial.index})
     began = time.monotonic()
-    config, state = inits.fetch(trial.init)
+    config, weights = inits.fetch(trial.init)
     snapshot = open_snapshot(trial.snapshot)
     snapshot.require_classes(config.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tracking.TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
         log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest, "device": device})
         model = build(config)
-        load_state(model, state)
-        step = fine_tune(
+        load_state(model, weights)
+        hold = Attempt(trial)
+        step = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say))
+        held_out = pixels(snapshot, "held_out", config.preprocess)
+        logits_NC = logits(model, held_out.images, config.preprocess, device=device)
+        score = accuracy(logits_NC, held_out.labels)
+        seconds = time.monotonic() - began
+        _write_ingredient(Path(folder), trial, model, logits_NC, held_out)
+        hold.require_hold()
+        ingredient = log.record_ingredient(Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step)
+        hold.finish()
+        say(f"trial {trial.index:02d} {trial.id} held_out {score.value:.4f} ({score.correct} of {score.seen}) in {seconds:.1f} s")
+        return ingredient
+
+
+def _fine_tune_or_resume(model: Classifier, trial: Trial, snapshot: Snapshot, hold: Attempt, *, device: str, log: Log) -> int:
+    """Train to the end, keeping states on the way; on SIGTERM save one and leave. Returns the number of steps."""
+    with deferred_sigterm() as told_to_leave:
+
+        def checkpoint(step: int, state: Callable[[], State]) -> None:
+            if told_to_leave():
+                hold.save(step, state())
+                raise Preempted
+            hold.save_when_due(step, state)
+
+        return fine_tune(
             model,
             trial.settings,
             snapshot,
             loader_workers=trial.loader_workers,
             skip_fraction=trial.skip_fraction,
             device=device,
-            log=_note(trial, log, say),
+            log=log,
+            resume=hold.resume(),
+            checkpoint=checkpoint,
         )
-        held_out = pixels(snapshot, "held_out", config.preprocess)
-        logits_NC = logits(model, held_out.images, config.preprocess, device=device)
-        score = accuracy(logits_NC, held_out.labels)
-        seconds = time.monotonic() - began
-        _write_ingredient(Path(folder), trial, model, logits_NC, held_out)
-        say(f"trial {trial.index:02d} {trial.id} held_out {score.value:.4f} ({score.correct} of {score.seen}) in {seconds:.1f} s")
-        return log.record_ingredient(Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step)
+    raise AssertionError("deferred_sigterm ends the process after Preempted")
 
 
 def fine_tune(
@@ -73,24 +96,46 @@ def fine_tune(
     skip_fraction: float = 0.0,
     device: str = "cpu",
     log: Log = lambda _metrics, _step: None,
+    resume: State | None = None,
+    checkpoint: Checkpoint = lambda _step, _state: None,
 ) -> int:
     """Train the model in place on the snapshot's train split; returns the number of optimiser steps."""
     preprocess = model.config.preprocess
-    reader = TrainReader(
-        snapshot,
-        preprocess=preprocess,
-        augment=augmentation(settings.augmentation, preprocess),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        loader_workers=loader_workers,
-        skip_fraction=skip_fraction,
-        # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
-        drop_last=snapshot.counts["train"] >= settings.batch_size,
+    reader, last = (
+        TrainReader(
+            snapshot,
+            preprocess=preprocess,
+            augment=augmentation(name, preprocess, smallest_crop=settings.smallest_crop),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            loader_workers=loader_workers,
+            skip_fraction=skip_fraction,
+            # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
+            drop_last=snapshot.counts["train"] >= settings.batch_size,
+        )
+        for name in (settings.augmentation, settings.last_epoch_augmentation or settings.augmentation)
     )
-    train(model, settings, reader.batches, steps_per_epoch=reader.steps_per_epoch, preprocess=preprocess, device=device, log=log)
-    total_steps = settings.epochs * reader.steps_per_epoch
-    log({f"data/{name}": float(value) for name, value in reader.counters.items()}, total_steps)
-    return total_steps
+    steps = reader.steps_per_epoch
+    last_epoch = (total_steps(settings, steps) - 1) // steps
+
+    def batches(epoch: int, skip: int) -> Iterable[Batch]:
+        return (last if epoch == last_epoch else reader).batches(epoch, skip)
+
+    train(
+        model,
+        settings,
+        batches,
+        steps_per_epoch=steps,
+        preprocess=preprocess,
+        device=device,
+        log=log,
+        resume=resume,
+        checkpoint=checkpoint,
+    )
+    counts = reader.counters + last.counters
+    total = total_steps(settings, steps)
+    log({f"data/{name}": float(counts[name]) for name in reader.counters}, total)
+    return total
 
 
 def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
