@@ -38,7 +38,7 @@ def runs_of(tag):
         return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=50)
 
 
-def wait_for(what, timeout_s=120):
+def wait_for(what, timeout_s=240):
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if found := what():
