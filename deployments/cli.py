@@ -145,6 +145,32 @@ def predict(
     _tell(rows, "\n".join(f"{row['image']}: {row['label']} ({row['probability']:.3f})" for row in rows), as_json)
 
 
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="The registered model.")],
+    version: Annotated[int | None, typer.Option(min=1, help="Which version; without it, the challenger.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version champion by hand; the champion so far becomes `previous`, where `rollback` finds it."""
+    from deployments.tables import version_line
+    from stockpot import ledger, releasing
+
+    ledger.check_server()
+    now = releasing.promote(model, version)
+    _tell(now.model_dump(mode="json"), version_line(now), as_json)
+
+
+@app.command()
+def rollback(model: Annotated[str, typer.Argument(help="The registered model.")], as_json: AsJson = False) -> None:
+    """Make the previous champion champion again. A second rollback takes it back."""
+    from deployments.tables import version_line
+    from stockpot import ledger, releasing
+
+    ledger.check_server()
+    now = releasing.rollback(model)
+    _tell(now.model_dump(mode="json"), version_line(now), as_json)
+
+
 def _tell(document: Any, text: str, as_json: bool) -> None:
     print(json.dumps(document, indent=2) if as_json else text)
 

@@ -1,0 +1,126 @@
+"""Promise: whatever a person gets wrong costs one sentence on standard error and exit code 1 (2 for wrong usage), never a traceback,
+and nothing is started."""
+
+import json
+import socket
+import sys
+import time
+
+import pytest
+import yaml
+
+from deployments import cli
+from tests.requests_for_tests import REQUEST
+
+
+@pytest.fixture
+def stockpot(monkeypatch, capsys, tmp_path):
+    """Run a command line in an empty folder; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["stockpot", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def closed_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def write(tmp_path, document):
+    (tmp_path / "request.yaml").write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return tmp_path / "request.yaml"
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({**REQUEST, "colour": "red"}, "`colour` is no field"),
+        ({key: REQUEST[key] for key in ("model", "store", "data")}, "`base` is missing"),
+        ({**REQUEST, "sweep": {"trials": 0}}, "`sweep.trials` is 0: input should be greater than or equal to 1"),
+        (
+            {**REQUEST, "sweep": {"space": {"learning_rate": {"log_uniform": [0, 1]}}}},
+            "impossible",
+        ),
+        ("model: [", "is not YAML"),
+        ("just words", "holds str, not fields"),
+    ],
+)
+def test_a_bad_request_is_one_sentence(stockpot, tmp_path, document, said):
+    code, out, err = stockpot("retrain", write(tmp_path, document))
+    assert (code, out) == (1, "")
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_missing_request_file(stockpot):
+    code, _, err = stockpot("retrain", "nowhere.yaml")
+    assert code == 1
+    assert "There is no request file nowhere.yaml" in err
+
+
+def test_no_prefect_address(stockpot, tmp_path):
+    code, _, err = stockpot("retrain", write(tmp_path, REQUEST))
+    assert code == 1
+    assert "PREFECT_API_URL is not set" in err
+    assert "stockpot stack up" in err
+
+
+def test_no_prefect_server(stockpot, tmp_path, monkeypatch, closed_port):
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{closed_port}/api")
+    code, _, err = stockpot("retrain", write(tmp_path, REQUEST))
+    assert code == 1
+    assert f"No Prefect server answers at PREFECT_API_URL=http://127.0.0.1:{closed_port}/api" in err
+
+
+@pytest.mark.parametrize("words", [("status",), ("soup", "0123456789ab"), ("predict", "digits", "image.png")])
+def test_no_mlflow_server(stockpot, tmp_path, monkeypatch, closed_port, words):
+    (tmp_path / "image.png").write_bytes(b"not yet looked at")
+    monkeypatch.setattr("deployments.surroundings.check_prefect", lambda: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+    began = time.monotonic()
+    code, _, err = stockpot(*words)
+    assert code == 1
+    assert f"MLFLOW_TRACKING_URI=http://127.0.0.1:{closed_port}" in err
+    assert time.monotonic() - began < 20
+
+
+def test_wrong_usage_is_2(stockpot):
+    assert stockpot("retrain")[0] == 2
+    assert stockpot("retrein")[0] == 2
+    assert stockpot("predict", "digits", "missing.png")[0] == 2
+
+
+def test_the_ready_made_requests_are_valid():
+    from deployments.deploying import ROOT
+    from deployments.starting import read_request
+    from stockpot.sweeps import draw
+
+    for path in sorted((ROOT / "deployments" / "requests").glob("*.yaml")):
+        assert draw(read_request(path).sweep), path
+
+
+def test_json_is_one_document(stockpot, monkeypatch):
+    from stockpot import ledger, tracking
+    from stockpot.outcomes import SweepSummary
+
+    row = SweepSummary(sweep_id="a", model="digits", mlflow_run_id="b", trials=8, finished=8, status="FINISHED", started="2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(ledger, "check_server", lambda: None)
+    monkeypatch.setattr(tracking, "list_sweeps", lambda: [row])
+    code, out, _ = stockpot("status", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["sweep_id"] == "a"
