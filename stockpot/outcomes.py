@@ -121,4 +121,8 @@ class GateDecision(Closed):
     champion_before: int | None = None
     gate: dict[str, Accuracy] = Field(default_factory=dict, description="`champion` and `challenger` on the gate split.")
     p_value: float | None = Field(None, description="Exact McNemar, two-sided, on the gate split.")
+    interval: tuple[float, float] | None = Field(
+        None, description="95 % paired bootstrap interval of the accuracy gained on the gate split."
+    )
+    calibration_error: dict[str, float] = Field(default_factory=dict, description="Expected calibration error on the gate split, by side.")
     shifts: dict[str, dict[str, Accuracy]] = Field(default_factory=dict, description="Suite to `champion` and `challenger`.")

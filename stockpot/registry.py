@@ -4,8 +4,10 @@ MLflow's registry has neither idempotency nor compare-and-set. Here a version is
 once agree on the lowest version number, and every alias is read back. Its search returns no aliases (3.17.2): they are asked for by name.
 """
 
+import json
 import shutil
 import warnings
+from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -135,6 +137,21 @@ def read_decision(version: ModelVersion) -> GateDecision | None:
     """What the gate decided about a version; None when it has not been judged."""
     text = read_tags(version).get("stockpot.decision")
     return GateDecision.model_validate_json(text) if text else None
+
+
+def note_change(model: str, before: int | None, after: int, why: str) -> None:
+    """Add one line to the history of champions, a tag of the registered model: MLflow keeps none."""
+    with asking():
+        history = read_history(model)
+        history.append({"when": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "after": after, "why": why[:500]})
+        client().set_registered_model_tag(model, "stockpot.history", json.dumps(history[-100:]))
+
+
+def read_history(model: str) -> list[dict[str, Any]]:
+    """The last 100 changes of champion, oldest first: when, before, after, why."""
+    with asking():
+        history: list[dict[str, Any]] = json.loads(client().get_registered_model(model).tags.get("stockpot.history", "[]"))
+        return history
 
 
 def load(name: str) -> Any:

@@ -1,9 +1,18 @@
-"""The statistics behind a decision: paired tests on the same samples. Counts in, numbers out."""
+"""The statistics behind a decision: paired comparison of two models on the same samples, and calibration. Tensors in, numbers out."""
 
 # N samples, C classes
 
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.nn import functional
+
+
+def right(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Which samples a model gets right: bool (N,). The first of equal logits is the answer."""
+    return logits_NC.argmax(dim=1) == labels_N
 
 
 def mcnemar(right_before_N: Tensor, right_after_N: Tensor) -> float:
@@ -11,11 +20,40 @@ def mcnemar(right_before_N: Tensor, right_after_N: Tensor) -> float:
 
     Both: bool (N,), the same samples in the same order. 1.0 where the models never differ.
     """
-    lost = int((right_before_N & ~right_after_N).sum())
-    won = int((~right_before_N & right_after_N).sum())
+    lost, won = _discordant(right_before_N, right_after_N)
     return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 
 
-def right(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """Which samples a model gets right: bool (N,). The first of equal logits is the answer."""
-    return logits_NC.argmax(dim=1) == labels_N
+def bootstrap(
+    right_before_N: Tensor, right_after_N: Tensor, *, draws: int = 20_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the accuracy gained (Efron 1979), samples drawn in pairs. A sample's gain is -1, 0 or 1, so drawing samples
+    with replacement is drawing three counts."""
+    seen = len(right_before_N)
+    lost, won = _discordant(right_before_N, right_after_N)
+    counts = np.random.default_rng(seed).multinomial(seen, [lost / seen, won / seen, (seen - lost - won) / seen], size=draws)
+    low, high = np.quantile((counts[:, 1] - counts[:, 0]) / seen, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def calibration_error(logits_NC: Tensor, labels_N: Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean gap of confidence and accuracy over equal-width bins."""
+    confidence_N = logits_NC.double().softmax(dim=1).amax(dim=1)
+    bin_N = (confidence_N * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, bin_N, right(logits_NC, labels_N).double() - confidence_N)
+    return float(gaps.abs().sum() / len(labels_N))
+
+
+def temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
+    """The temperature in [0.05, 20] that minimises the cross-entropy of logits / temperature."""
+
+    def loss(log_temperature: float) -> float:
+        return float(functional.cross_entropy(logits_NC.double() / np.exp(log_temperature), labels_N))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
+
+
+def _discordant(right_before_N: Tensor, right_after_N: Tensor) -> tuple[int, int]:
+    """Samples lost and won."""
+    return int((right_before_N & ~right_after_N).sum()), int((~right_before_N & right_after_N).sum())

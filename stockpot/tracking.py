@@ -158,6 +158,12 @@ def read_report_text(report: SoupReport, name: str) -> str:
         return read_file(report.mlflow_run_id, name).decode()
 
 
+def store_text(mlflow_run_id: str, name: str, text: str) -> None:
+    """Put one more text file on a run, replacing one of that name."""
+    with asking():
+        client().log_text(mlflow_run_id, text, name)
+
+
 def read_picture(report: SoupReport) -> bytes:
     """The soup's picture, PNG."""
     with asking():

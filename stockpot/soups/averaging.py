@@ -18,8 +18,9 @@ from torch import Tensor
 from stockpot.errors import IngredientMismatch
 from stockpot.soups.weights import Slot, Weights, difference
 
-CHUNK = 1 << 17
-"""Elements a thread sums at a time: 1 MB of float64, which stays in the second-level cache."""
+CHUNK = 3 << 13
+"""Elements a thread sums at a time: 192 KB of float64, which stay in the second-level cache, and fewer than torch would split over threads
+of its own (32,768)."""
 
 
 class Run(NamedTuple):

@@ -9,17 +9,18 @@ from uuid import uuid4
 
 import pytest
 
-from stockpot import registry, releasing
-from stockpot.config import GateSpec
+from stockpot import registry, releasing, tracking
+from stockpot.config import GateSpec, SoupSpec
 from stockpot.errors import RegistryError
+from stockpot.gating import Evidence, judge
 from stockpot.ledger import client
-from stockpot.outcomes import Accuracy, GateDecision, ModelVersion, SoupReport
+from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
 from stockpot.souping import cook
 from tests.tiny_sweep import Ground, finish_trials, png, tiny_sweep
 
 
-def cooked(ground: Ground, model: str, folder: Path, trials: int, noise: float = 0.05) -> SoupReport:
-    sweep = tiny_sweep(ground, model, trials)
+def cooked(ground: Ground, model: str, folder: Path, trials: int, noise: float = 0.05, recipe: str = "greedy") -> SoupReport:
+    sweep = tiny_sweep(ground, model, trials, SoupSpec.model_validate({"recipe": recipe}))
     finish_trials(ground, sweep, folder / f"{trials}", noise)
     return cook(sweep.id, say=[].append)
 
@@ -50,11 +51,14 @@ def test_the_first_version_is_champion_and_nothing_is_registered_twice(ground: G
 
 def test_a_better_challenger_takes_over_and_a_worse_one_does_not(ground: Ground, model: str, tmp_path: Path) -> None:
     released(cooked(ground, model, tmp_path, 1, noise=0.6))
-    better, decision = released(cooked(ground, model, tmp_path, 3, noise=0.02), GateSpec(shift_tolerance=1.0))
+    first_report = cooked(ground, model, tmp_path, 3, noise=0.02)
+    better, decision = released(first_report, GateSpec(shift_tolerance=1.0))
     assert decision.promoted
     assert decision.gate["challenger"].correct >= decision.gate["champion"].correct
     assert 0 <= (decision.p_value or 0) <= 1
     assert set(decision.shifts) == {"noisy"}
+    evidence = Evidence.model_validate_json(tracking.read_report_text(first_report, "gate.json"))
+    assert judge(evidence) == decision
     assert registry.alias_version(model, "champion") == better.version
     assert registry.alias_version(model, "previous") == 1
     worse = cooked(ground, model, tmp_path, 2, noise=3.0)
@@ -82,26 +86,32 @@ def test_a_version_whose_bytes_changed_gets_no_alias(ground: Ground, model: str,
     assert registry.alias_version(model, "champion") is None
 
 
-def score(correct: int) -> Accuracy:
-    return Accuracy(correct=correct, seen=200)
+def test_a_stored_decision_against_a_dethroned_champion_is_taken_again(ground: Ground, model: str, tmp_path: Path) -> None:
+    report = cooked(ground, model, tmp_path, 1)
+    version = releasing.register(report)
+    stale = GateDecision(promoted=False, reason="Stays challenger: stale.", champion_before=41)
+    registry.write_tag(version, "stockpot.decision", stale.model_dump_json())
+    assert releasing.gate(report, version, GateSpec()).promoted
 
 
-@pytest.mark.parametrize(
-    ("challenger", "shift", "spec", "promoted", "told"),
-    [
-        (190, 100, GateSpec(), True, "no loss above"),
-        (189, 100, GateSpec(), False, "loses 0.50 points"),
-        (188, 100, GateSpec(gate_tolerance=0.01), True, "no loss above"),
-        (187, 100, GateSpec(gate_tolerance=0.01), False, "loses 1.50 points, 1.00 are tolerated"),
-        (195, 96, GateSpec(shift_tolerance=0.02), True, "no loss above"),
-        (195, 95, GateSpec(shift_tolerance=0.02), False, "shift suite blur"),
-    ],
-)
-def test_the_rule(challenger: int, shift: int, spec: GateSpec, promoted: bool, told: str) -> None:
-    gate = {"champion": score(190), "challenger": score(challenger)}
-    verdict, reason = releasing.judge(gate, {"blur": {"champion": score(100), "challenger": score(shift)}}, 0.5, spec)
-    assert verdict is promoted
-    assert told in reason
+def test_a_person_can_promote_roll_back_and_roll_forward(ground: Ground, model: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="no challenger to promote"):
+        releasing.promote(model)
+    released(cooked(ground, model, tmp_path, 1))
+    releasing.register(cooked(ground, model, tmp_path, 3, recipe="uniform"))
+    registry.set_alias(model, "challenger", 2)
+    with pytest.raises(RegistryError, match="no previous champion"):
+        releasing.rollback(model)
+    assert releasing.promote(model).version == 2
+    assert (aliases(model), releasing.rollback(model).version) == ({"champion": 2, "challenger": None, "previous": 1}, 1)
+    assert (aliases(model), releasing.rollback(model).version) == ({"champion": 1, "challenger": None, "previous": 2}, 2)
+    assert [line["after"] for line in registry.read_history(model)] == [1, 2, 1, 2]
+    with pytest.raises(RegistryError, match="no version 9"):
+        releasing.promote(model, 9)
+
+
+def aliases(model: str) -> dict[str, int | None]:
+    return {alias: registry.alias_version(model, alias) for alias in registry.ALIASES}
 
 
 STRANGER = """
