@@ -34,8 +34,8 @@ READY_S = 180.0
 
 
 class Stack:
-    """A stack that is up. `environ`: the standard names, plus the mark by which a process started with them ends with the stack.
-    `addresses`: the pages for a person."""
+    """A stack that is up. `environ`: the standard names, the homes under the state directory, and the mark by which a process started
+    with them ends with the stack. `addresses`: the pages for a person."""
 
     def __init__(self, supervisor: Supervisor, environ: dict[str, str]) -> None:
         self.environ = environ
@@ -83,7 +83,7 @@ def local_stack(
             try:
                 _start(supervisor, state, chosen, environ, workers)
                 write_running(state, running | {"ready": True})
-                yield Stack(supervisor, environ | {guardian.MARK: mark})
+                yield Stack(supervisor, environ | components.homes(state) | {guardian.MARK: mark})
             finally:
                 with _undisturbed():
                     supervisor.end()

@@ -30,6 +30,11 @@ class Component:
     """Files it leaves outside the state directory when it is killed."""
 
 
+def homes(state: Path) -> dict[str, str]:
+    """Where Prefect and the node cache keep things: with the stack, so that nothing is written outside its state directory."""
+    return {"PREFECT_HOME": str(state / "prefect"), "XDG_CACHE_HOME": str(state / "cache")}
+
+
 def endpoints(ports: dict[str, int], key: str, secret: str) -> dict[str, str]:
     """The standard environment names by which any process finds the stack."""
     return {
@@ -157,7 +162,7 @@ def prefect_server(state: Path, ports: dict[str, int]) -> Component:
         name="prefect",
         argv=(sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port),
         environ={
-            "PREFECT_HOME": str(state / "prefect"),
+            **homes(state),
             "PREFECT_SERVER_API_HOST": "127.0.0.1",
             "PREFECT_SERVER_API_PORT": port,
             "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
@@ -181,12 +186,11 @@ def worker(pool: str, limit: int | None, state: Path, shared: dict[str, str]) ->
         ),
         environ={
             **shared,
-            "PREFECT_HOME": str(state / "prefect"),
+            **homes(state),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_WORKER_PREFETCH_SECONDS": "2",
             "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "5",
             "PREFECT_LOGGING_EXTRA_LOGGERS": "stockpot",
-            "XDG_CACHE_HOME": str(state / "cache"),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

@@ -127,6 +127,7 @@ def test_a_person_starts_it_twice_and_finds_everything_again(state: Path, tmp_pa
     with stack.local_stack(state, workers=False) as third:
         ended = flow_run(api, run)
         assert third.environ["PREFECT_API_URL"] == api
+        assert object_store(third.environ).get_object(Bucket="stockpot", Key="kept")["Body"].read() == b"soup"
         assert (ended["state_type"], ended["state"]["message"]) == ("CRASHED", "The local stack was stopped while this ran.")
     assert guardian.marked(third.environ[guardian.MARK]) == []
 
