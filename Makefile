@@ -7,7 +7,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHON
 
-.PHONY: help setup demo test check bench bench-gpu control lock clean
+.PHONY: help setup demo test proof check bench bench-gpu control lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: setup ## the whole path on real servers and a small real data set
 
 test: setup ## every test, real servers included
 	@$(BIN)/python -m pytest $(ARGS)
+
+proof: setup ## the slow proofs: a demo killed again and again
+	@$(BIN)/python -m pytest -m proof $(ARGS)
 
 check: setup ## format, lint, types, import rules, infra files
 	@$(BIN)/ruff format --check --quiet .

@@ -152,3 +152,25 @@ def test_a_retraining_whose_parent_died_is_taken_up_without_doubling_its_trials(
     sweep_id = watch_to_end(retrain(request))
     trials = [run.id for run in runs_of(f"sweep:{sweep_id}") if run.name.startswith("trial-")]
     assert trials == [child.id]
+
+
+@pytest.mark.parametrize(
+    ("environ", "change", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, {}, "refused"),
+        ({}, {"store": "s3://no-such-bucket/store"}, "no-such-bucket"),
+        ({}, {"data": {"snapshot": "s3://stockpot/nothing/here"}}, "s3://stockpot/nothing/here"),
+        ({}, {"data": {"snapshot": f"s3://stockpot/digits-10/digits/snapshots/{'0' * 64}.json"}}, "0000"),
+        ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, {}, "MLFLOW_TRACKING_URI=http://127.0.0.1:9"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, {}, "127.0.0.1:9"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence_before_anything_starts(stack, request_for, tmp_path, environ, change, said):
+    document = request_for("refused", seeds=(9,)).model_dump(mode="json") | change
+    (tmp_path / "request.yaml").write_text(json.dumps(document))
+    command = [sys.executable, "-m", "deployments.cli", "retrain", str(tmp_path / "request.yaml")]
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not runs_of("model:refused")
