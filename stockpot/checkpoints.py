@@ -28,7 +28,8 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] 
         identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         first = owner.setdefault(identity, name) if tensor.numel() else name
         if first == name:
-            unique[name] = tensor.to("cpu").contiguous()
+            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            unique[name] = (tensor if whole else tensor.clone()).to("cpu").contiguous()  # a part of another tensor is stored by itself
         else:
             tied[name] = first
     path.parent.mkdir(parents=True, exist_ok=True)

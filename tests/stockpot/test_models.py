@@ -1,0 +1,98 @@
+"""Promise: an architecture comes by name or own config, weights come only if they fit, and the config that travels rebuilds the logits."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+
+from stockpot.checkpoints import save_weights
+from stockpot.config import BaseSpec, Preprocess
+from stockpot.errors import ModelError
+from stockpot.models import ModelConfig, build, load_base, load_state
+
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"},
+}
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> BaseSpec:
+    """A config and weights on disk, as a user would bring them."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(5)
+    save_weights(folder / "weights.safetensors", open_clip.CLIP(**CONFIG["model_cfg"]).state_dict())
+    return BaseSpec(arch=str(folder / "config.json"), weights=f"file://{folder}/weights.safetensors")
+
+
+def test_a_classifier_sees_what_the_base_model_sees(own):
+    base = load_base(own)
+    config = ModelConfig(kind="open_clip", arch=base.arch, preprocess=base.preprocess, classes=CLASSES)
+    model = build(config).eval()
+    head = base.zero_shot_head(CLASSES, ["a photo of a {}.", "a {}"])
+    load_state(model, {**base.body_state(), "head.weight": head, "head.bias": torch.zeros(3)})
+    images = torch.randn(4, 3, 16, 16)
+    tokens = open_clip.SimpleTokenizer(context_length=12)
+    with torch.inference_mode():
+        seen, _, scale = base.model(images)
+        texts = torch.stack([base.model.encode_text(tokens([f"a photo of a {name}.", f"a {name}"]), normalize=True) for name in CLASSES])
+        text = torch.nn.functional.normalize(texts.mean(1), dim=-1)
+        assert torch.allclose(model(images), scale * seen @ text.T, atol=1e-4)
+
+
+def test_the_travelling_config_keeps_the_activation_and_the_preprocessing(own):
+    base = load_base(own)
+    config = ModelConfig(kind="open_clip", arch=base.arch, preprocess=base.preprocess, classes=CLASSES)
+    back = ModelConfig.model_validate_json(config.model_dump_json())
+    assert back == config
+    assert base.preprocess == Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", resize_mode="squash")
+    kinds = {type(module).__name__ for module in build(back).modules()}
+    assert "QuickGELU" in kinds
+    assert "GELU" not in kinds
+
+
+def test_random_weights_come_from_the_seed(own):
+    bare = BaseSpec(arch=own.arch)
+    one, same, other = (load_base(bare, seed=seed).body_state() for seed in (1, 1, 2))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert not torch.equal(one["body.conv1.weight"], other["body.conv1.weight"])
+
+
+def test_weights_of_another_shape_name_the_first_key_and_both_shapes(own, tmp_path):
+    wider = {**CONFIG, "model_cfg": {**CONFIG["model_cfg"], "embed_dim": 24}}
+    (tmp_path / "wider.json").write_text(json.dumps(wider))
+    with pytest.raises(ModelError, match=r"`text_projection` is \(16, 16\) in the weights and \(16, 24\) in the model"):
+        load_base(BaseSpec(arch=str(tmp_path / "wider.json"), weights=own.weights))
+
+
+def test_a_missing_and_an_unknown_key_are_named():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="`bias` is missing in the weights"):
+        load_state(model, {"weight": torch.zeros(2, 2)})
+    with pytest.raises(ModelError, match="`scale` is .* unknown in the model"):
+        load_state(model, {**model.state_dict(), "scale": torch.zeros(1)})
+
+
+def test_an_unknown_architecture_offers_the_nearest():
+    with pytest.raises(ModelError, match="no architecture `ViT-B-33`; did you mean .*`ViT-B-32`"):
+        load_base(BaseSpec(arch="ViT-B-33"))
+
+
+def test_an_unknown_tag_offers_the_nearest():
+    with pytest.raises(ModelError, match="`ViT-B-32` has no weights tagged `opena`; did you mean `openai`"):
+        load_base(BaseSpec(arch="ViT-B-32", weights="opena"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"vision_cfg": {}}', '{"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "colour": 1}}'])
+def test_a_broken_config_is_one_sentence(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_base(BaseSpec(arch=str(tmp_path / "config.json")))
