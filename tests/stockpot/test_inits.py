@@ -64,7 +64,7 @@ def test_changed_weights_are_refused(base, ground, node, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ModelError, match="has sha256 .*, the trial was drawn for"):
+    with pytest.raises(ModelError, match=r"has sha256 .*, the trial was drawn for"):
         fetch(init)
 
 

@@ -77,12 +77,12 @@ def test_a_missing_and_an_unknown_key_are_named():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ModelError, match="`bias` is missing in the weights"):
         load_state(model, {"weight": torch.zeros(2, 2)})
-    with pytest.raises(ModelError, match="`scale` is .* unknown in the model"):
+    with pytest.raises(ModelError, match=r"`scale` is .* unknown in the model"):
         load_state(model, {**model.state_dict(), "scale": torch.zeros(1)})
 
 
 def test_an_unknown_architecture_offers_the_nearest():
-    with pytest.raises(ModelError, match="no architecture `ViT-B-33`; did you mean .*`ViT-B-32`"):
+    with pytest.raises(ModelError, match=r"no architecture `ViT-B-33`; did you mean .*`ViT-B-32`"):
         load_base(BaseSpec(arch="ViT-B-33"))
 
 

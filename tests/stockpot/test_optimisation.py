@@ -1,5 +1,7 @@
 """Promise: schedules are functions of the step, only matrices decay, every rule learns, and SAM does what its paper says."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ def test_rates_rise_then_follow_the_schedule(schedule, last):
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])  # a tenth of all steps, not 500
     assert rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(last, abs=1e-4)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates[10:]))
 
 
 def test_half_way_down_the_cosine_is_half():

@@ -141,5 +141,5 @@ def test_running_out_of_memory_says_what_would_fit():
         def forward(self, images):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(TrialFailed, match="at step 1 with 12 images a forward pass. Set `micro_batch` to 6"):
+    with pytest.raises(TrialFailed, match=r"at step 1 with 12 images a forward pass\. Set `micro_batch` to 6"):
         train(Hungry(3, 3), TrialSettings(epochs=1), batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS)
