@@ -141,12 +141,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(state: Path) -> None:
     Lock(state, wait_s=0).release()
 
 
-def test_sigterm_while_it_starts_leaves_nothing(state: Path) -> None:
-    command = [sys.executable, "-m", "deployments.local.daemon", str(state), "{}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as starting:
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_it_starts_leaves_nothing(state: Path, ending: signal.Signals) -> None:
+    command = [sys.executable, "-c", "from deployments.cli import main; main()", "stack", "up", "--foreground", "--state", str(state)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as starting:
         until(lambda: len(read_running(state).get("components", {})) == 3)
         mark = read_running(state)["mark"]
-        starting.terminate()
-        assert starting.wait(20) == 128 + signal.SIGTERM
+        starting.send_signal(ending)
+        assert starting.wait(20) not in {0, -ending}
+        assert starting.stderr is not None
+        assert "Traceback" not in starting.stderr.read()
     assert guardian.marked(mark) == []
     Lock(state, wait_s=0).release()
