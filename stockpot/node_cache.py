@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
-from stockpot import storage
-from stockpot.errors import DataError, SnapshotBroken
+from stockpot import errors, storage
+from stockpot.errors import DataError, SnapshotBroken, StockpotError, StorageError
 
 SPARE_BYTES = 512 * 2**20
 """Left free on the disk."""
@@ -54,13 +56,21 @@ class NodeCache:
         if target.exists():
             return Fetched(target, hit=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_suffix(".lock")):
+        asked = time.time()
+        with locked(target.with_suffix(".lock")) as lock:
             if target.exists():
                 return Fetched(target, hit=True)
+            _raise_failure_since(asked, lock)
             for stale in target.parent.glob(f"{target.stem}.*.part"):  # of a process that died with the lock
                 stale.unlink()
-            self.require_space(size)
-            return _fetch(uri, sha256, size, target, etag)
+            try:
+                self.require_space(size)
+                return _fetch(uri, sha256, size, target, etag)
+            except StockpotError as error:
+                lock.seek(0)
+                lock.truncate()
+                json.dump([time.time(), type(error).__name__, str(error)], lock)
+                raise
 
     def free(self) -> int:
         """Bytes this node may still fill."""
@@ -121,12 +131,21 @@ class NodeCache:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock of a file; the kernel releases it however the process ends."""
+def locked(path: Path) -> Iterator[TextIO]:
+    """Hold the exclusive lock of a file; the kernel releases it however the process ends. Yields the file, to read and write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
+
+
+def _raise_failure_since(asked: float, lock: TextIO) -> None:
+    """Whoever waited for another process to fetch a file shares its failure, instead of waiting for the same one again."""
+    lock.seek(0)
+    if text := lock.read():
+        failed, kind, sentence = json.loads(text)
+        if failed > asked:
+            raise getattr(errors, kind, StorageError)(sentence)
 
 
 def _unlocked(path: Path) -> bool:

@@ -43,7 +43,9 @@ class StoredObject(NamedTuple):
 
 
 class Interrupted(StorageError):
-    """A body stopped before its end; `Body.read_into` may be called again from where it stopped."""
+    """A body stopped before its end; `Body.read_into` may be called again from where it stopped. `silent`: by silence, not by a cut."""
+
+    silent = False
 
 
 def filesystem() -> s3fs.S3FileSystem:
@@ -157,7 +159,7 @@ class Body:
         try:
             answer = await asyncio.wait_for(client._call_s3("get_object", Bucket=bucket, Key=key, **guard), SILENCE_S)
         except TimeoutError as error:
-            raise self._interrupted(f"no answer for {SILENCE_S} s") from error
+            raise self._interrupted(f"no answer for {SILENCE_S} s", silent=True) from error
         self.etag = answer["ETag"].strip('"')
         self.size = self.offset + answer["ContentLength"]
         async with answer["Body"] as body:
@@ -165,7 +167,7 @@ class Body:
                 try:
                     piece = await asyncio.wait_for(body.read(READ_BYTES), SILENCE_S)
                 except TimeoutError as error:
-                    raise self._interrupted(f"no byte for {SILENCE_S} s") from error
+                    raise self._interrupted(f"no byte for {SILENCE_S} s", silent=True) from error
                 except (OSError, BotoCoreError, aiohttp.ClientError) as error:
                     raise self._interrupted(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
                 if not piece:
@@ -173,9 +175,11 @@ class Body:
                 sink(piece)
                 self.offset += len(piece)
 
-    def _interrupted(self, reason: str) -> Interrupted:
+    def _interrupted(self, reason: str, *, silent: bool = False) -> Interrupted:
         of = f" of {self.size:,}" if self.size is not None else ""
-        return Interrupted(f"{self.uri} stopped after {self.offset:,}{of} bytes ({reason}; {_where()}).")
+        error = Interrupted(f"{self.uri} stopped after {self.offset:,}{of} bytes ({reason}; {_where()}).")
+        error.silent = silent
+        return error
 
 
 @contextmanager

@@ -106,6 +106,7 @@ class TrainReader:
 
     def _cached(self, epoch: int, skip: int) -> Generator[Made, None, None]:
         """From the node cache, which is filled in the order of need while batches are made."""
+        self.snapshot.index  # noqa: B018  fetched once, before anything else
         with NodeCache().hold(self.snapshot.digest, self.snapshot.contents), self._filling(epoch) as settle:
             self._schedule.plan, self._schedule.epoch, self._schedule.skip = self.plan, epoch, skip
             for made in self._loaded() if self.loader_workers else map(self._maker.make, self._schedule):
@@ -132,7 +133,6 @@ class TrainReader:
 
     def _loaded(self) -> Iterator[Made]:
         if self._loader is None:
-            self.snapshot.index  # noqa: B018  fetched once here, not by every worker
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["stockpot.shards"])
             self._loader = DataLoader(

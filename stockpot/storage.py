@@ -26,8 +26,8 @@ __all__ += ["upload", "write_bytes"]
 CHUNK = 2**20
 
 
-SILENCE_LIMIT_S = 35
-"""A fetch is given up after this long without a new byte, or four attempts in a row without one: under a minute in all."""
+ATTEMPTS = 4
+"""A fetch is given up after so many silences, or so many attempts in a row without a new byte: well under a minute."""
 
 
 class Fetched(NamedTuple):
@@ -55,12 +55,11 @@ def read_bytes(uri: str) -> bytes:
 def fetch(uri: str, sink: Callable[[bytes], Any], *, etag: str | None = None) -> Fetched:
     """Hand the object's bytes to `sink`, in pieces and in order, each once: a cut connection is resumed by range where it stopped.
 
-    `etag`, as listed, makes a replaced object an error (`SnapshotBroken`), as does a replacement while reading. Raises `Interrupted` when
-    no new byte comes for 35 s or four attempts; `StorageError` when `sink` cannot write.
+    `etag`, as listed, makes a replaced object an error (`SnapshotBroken`), as does a replacement while reading. Raises `Interrupted` after
+    four silences of 10 s, or four attempts without a new byte; `StorageError` when `sink` cannot write.
     """
     body: s3.Body | _LocalBody = s3.Body(uri, etag) if _remote(uri) else _LocalBody(uri, etag)
-    retries = fruitless = 0
-    moved = time.monotonic()
+    retries = fruitless = silences = 0
     while True:
         before = body.offset
         try:
@@ -68,11 +67,9 @@ def fetch(uri: str, sink: Callable[[bytes], Any], *, etag: str | None = None) ->
             return Fetched(body.offset, body.etag or "", retries)
         except Interrupted as error:
             retries += 1
-            if body.offset > before:
-                fruitless, moved = 0, time.monotonic()
-            else:
-                fruitless += 1
-            if fruitless >= 4 or time.monotonic() - moved > SILENCE_LIMIT_S:
+            silences += error.silent
+            fruitless = 0 if body.offset > before else fruitless + 1
+            if max(fruitless, silences) >= ATTEMPTS:
                 raise Interrupted(f"{error} Tried {retries} times; start again when the store is healthy.") from error
             time.sleep(min(0.1 * 2**fruitless, 2))
         except ObjectExists as error:

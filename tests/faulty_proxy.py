@@ -28,6 +28,8 @@ class FaultyProxy:
     """Requests that matched."""
     broken: int = 0
     """Faults made."""
+    answered: int = 0
+    """Bytes from the server to clients, headers and what was lost in a cut included."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _sockets: list[socket.socket] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -70,6 +72,8 @@ class FaultyProxy:
     def _answers(self, client: socket.socket, server: socket.socket, armed: list[int]) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(16384):
+                with self._lock:
+                    self.answered += len(data)
                 if armed and len(data) >= armed[0]:
                     client.sendall(data[: armed[0]])
                     self._break(client, server)

@@ -1,0 +1,87 @@
+"""`stockpot data`: a folder becomes a snapshot, shards are registered, changes are found; failures are one sentence and exit 1."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from deployments.commands_data import app
+from stockpot.errors import StockpotError
+from stockpot.snapshots import open_snapshot, pin
+from tests.tiny_data import CLASSES, picture
+
+pytestmark = pytest.mark.usefixtures("node")
+SPLITS = ["--held-out", "20", "--gate", "0.2"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for number in range(90):
+        path = tmp_path / "source" / CLASSES[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    return tmp_path / "source"
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_folder_of_class_folders_becomes_a_snapshot_that_verifies(folders: Path, tmp_path: Path) -> None:
+    answer = run("publish", folders, tmp_path / "data", *SPLITS, "--json")
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert document["splits"]["held_out"] == 20
+    assert pin(str(tmp_path / "data")).digest == document["digest"]
+    assert open_snapshot(pin(document["uri"])).classes == CLASSES
+    assert run("verify", tmp_path / "data").exit_code == 0
+    assert "every byte read" in run("verify", tmp_path / "data", "--deep").stdout
+
+
+def test_shards_are_registered_where_they_lie(folders: Path, tmp_path: Path) -> None:
+    assert run("publish", folders, tmp_path / "data", "--split", "test").exit_code == 0
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(CLASSES))
+    answer = run("register", tmp_path / "data" / "shards", "--dest", tmp_path / "other", "--classes", names, *SPLITS, "--json")
+    assert answer.exit_code == 0, answer.output
+    snapshot = open_snapshot(pin(str(tmp_path / "other")))
+    assert snapshot.classes == CLASSES
+    assert Path(snapshot.shard_uri(0)).parent == tmp_path / "data" / "shards"
+    again = run("publish", tmp_path / "data" / "shards", tmp_path / "anew", "--classes", names, *SPLITS)
+    assert again.exit_code == 0, again.output
+
+
+def test_problems_are_a_table_and_one_sentence(folders: Path, tmp_path: Path) -> None:
+    (folders / "ant" / "broken.png").write_bytes(b"no picture")
+    answer = run("publish", folders, tmp_path / "data", *SPLITS)
+    assert isinstance(answer.exception, StockpotError)
+    assert "unreadable image" in str(answer.exception)
+    assert "ant/broken-png" in answer.stderr
+    assert run("publish", folders, tmp_path / "data", *SPLITS, "--skip-fraction", "0.05").exit_code == 0
+
+
+def test_what_changed_is_said(folders: Path, tmp_path: Path) -> None:
+    run("publish", folders, tmp_path / "data", *SPLITS)
+    shard = next((tmp_path / "data" / "shards").iterdir())
+    shard.write_bytes(b"short")
+    answer = run("verify", tmp_path / "data", "--json")
+    assert json.loads(answer.stdout)["changes"][0]["found"] == "5 bytes"
+    assert "1 of 2 objects" in str(answer.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["publish", "/nowhere", "/tmp/x"], "There is no file or folder /nowhere"),
+        (["register", "/nowhere"], "There is no file or folder /nowhere"),
+        (["verify", "/nowhere"], "holds no snapshot"),
+    ],
+)
+def test_addresses_that_hold_nothing_are_named(words: list[str], sentence: str) -> None:
+    assert sentence in str(run(*words).exception)
+
+
+def test_a_share_that_is_none_is_wrong_usage(folders: Path, tmp_path: Path) -> None:
+    assert run("publish", folders, tmp_path / "data", "--held-out", "half").exit_code == 2
