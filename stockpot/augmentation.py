@@ -111,7 +111,7 @@ class Stochastic:
     @cached_property
     def _levels(self) -> dict[tuple[int, int], TimmPolicy]:
         levels = [(magnitude, operations) for magnitude in range(21) for operations in range(3)]
-        return {(m, n): TimmPolicy(self.preprocess, self.smallest, f"rand-m{m}-n{n}" if n else None) for m, n in levels}
+        return {(m, n): TimmPolicy(self.preprocess, self.smallest, f"rand-m{m}-n{n}") for m, n in levels}
 
     def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
         rng = random.Random(seed)

@@ -44,7 +44,8 @@ class BaseSpec(Closed):
 
     arch: str = Field(
         min_length=1,
-        description="An open_clip architecture (`ViT-B-32`), a timm one (`timm:vit_base_patch16_224`), or the URI of an open_clip JSON config.",
+        description="An open_clip architecture (`ViT-B-32`), a timm one (`timm:vit_base_patch16_224`), or the URI of an open_clip "
+        "JSON config.",
     )
     weights: str | None = Field(None, description="A pretrained tag of that architecture, or the URI of safetensors. None: random weights.")
 
@@ -186,18 +187,32 @@ class SweepSpec(Closed):
     seed: int = Field(0, ge=0, description="The same request and seed draw the same trials on any machine.")
     settings: TrialSettings = Field(
         default_factory=TrialSettings, description="What all trials share, where the space does not say otherwise."
-    )  # type: ignore[arg-type]
+    )
     space: dict[str, Distribution] = Field(
         default_factory=dict,
         description="A distribution for any field of the settings, such as `learning_rate: {log_uniform: [1e-6, 1e-4]}`. "
-        "Each trial gets its own `seed` unless the space draws it.",
+        "Each trial gets its own `seed` unless the space or the grid gives it.",
+    )
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="Values for any field of the settings; every combination is one trial, and `trials` is their number. "
+        "Fields of the space are drawn beside it.",
     )
 
     @model_validator(mode="after")
-    def _space_names_settings(self) -> Self:
-        for name in self.space:
+    def _space_and_grid_name_settings(self) -> Self:
+        for name in [*self.space, *self.grid]:
             if name not in TrialSettings.model_fields:
-                raise ValueError(f"`{name}` is no trial setting; the space may draw {', '.join(sorted(TrialSettings.model_fields))}")
+                raise ValueError(f"`{name}` is no trial setting; a sweep may vary {', '.join(sorted(TrialSettings.model_fields))}")
+            if name in self.space and name in self.grid:
+                raise ValueError(f"`{name}` is in the space and in the grid; keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _trials_fill_the_grid(self) -> Self:
+        cells = math.prod(len(values) for values in self.grid.values())
+        if self.grid and self.trials != cells:
+            raise ValueError(f"the grid has {cells} combinations and `trials` is {self.trials}; write `trials: {cells}`")
         return self
 
 
@@ -232,8 +247,13 @@ class FanOutSpec(Closed):
         ge=1,
         description="Seconds after which the soup is cooked from what finished; running trials are cancelled. None: wait for all.",
     )
-    attempts: int = Field(3, ge=1, le=20, description="How often a trial is started before it counts as failed. A trial that fails by its own "
-                          "fault (bad numbers, bad data) is not started again.")  # fmt: skip
+    attempts: int = Field(
+        3,
+        ge=1,
+        le=20,
+        description="How often a trial is started before it counts as failed. A trial that fails by its own fault (bad numbers, bad data) "
+        "is not started again.",
+    )
     state_interval_s: int = Field(
         300,
         ge=1,
@@ -254,11 +274,11 @@ class RetrainRequest(Closed):
     )
     data: DataSpec = Field(description="The snapshots to read.")
     base: BaseSpec = Field(description="The base model.")
-    init: InitSpec = Field(default_factory=InitSpec, description="The shared start of all trials.")  # type: ignore[arg-type]
-    sweep: SweepSpec = Field(default_factory=SweepSpec, description="The trials.")  # type: ignore[arg-type]
-    soup: SoupSpec = Field(default_factory=SoupSpec, description="The recipe.")  # type: ignore[arg-type]
-    gate: GateSpec = Field(default_factory=GateSpec, description="The bar for promotion.")  # type: ignore[arg-type]
-    fan_out: FanOutSpec = Field(default_factory=FanOutSpec, description="Workers, retries and deadlines.")  # type: ignore[arg-type]
+    init: InitSpec = Field(default_factory=InitSpec, description="The shared start of all trials.")
+    sweep: SweepSpec = Field(default_factory=SweepSpec, description="The trials.")
+    soup: SoupSpec = Field(default_factory=SoupSpec, description="The recipe.")
+    gate: GateSpec = Field(default_factory=GateSpec, description="The bar for promotion.")
+    fan_out: FanOutSpec = Field(default_factory=FanOutSpec, description="Workers, retries and deadlines.")
 
 
 class Preprocess(Closed):

@@ -34,8 +34,8 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
         settings = _settings(spec, index)
         if settings in drawn:
             raise BadRequest(
-                f"Trial {index} of the sweep equals trial {drawn.index(settings)}: the space has fewer than {spec.trials} different trials. "
-                "Ask for fewer trials, or draw another field."
+                f"Trial {index} of the sweep equals trial {drawn.index(settings)}: the space has fewer than {spec.trials} different "
+                "trials. Ask for fewer trials, or draw another field."
             )
         drawn.append(settings)
     return tuple(drawn)
@@ -64,7 +64,7 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
 
 
 def _settings(spec: SweepSpec, index: int) -> TrialSettings:
-    values = {"seed": spec.settings.seed + index}
+    values = {"seed": spec.settings.seed + index, **_cell(spec, index)}
     for field, distribution in spec.space.items():
         values[field] = _sample(distribution, random.Random(f"stockpot/{spec.seed}/{index}/{field}"))
     try:
@@ -74,6 +74,15 @@ def _settings(spec: SweepSpec, index: int) -> TrialSettings:
         raise BadRequest(
             f"The space drew {first['input']!r} for `{first['loc'][0]}` of trial {index}: {first['msg']}. Narrow its distribution."
         ) from error
+
+
+def _cell(spec: SweepSpec, index: int) -> dict[str, Any]:
+    """Combination `index` of the grid; the last field changes fastest."""
+    values = {}
+    for field, choices in reversed(spec.grid.items()):
+        index, place = divmod(index, len(choices))
+        values[field] = choices[place]
+    return values
 
 
 def _sample(distribution: Distribution, rng: random.Random) -> Any:

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stockpot.config import SweepSpec
 from stockpot.errors import BadRequest
@@ -52,7 +53,7 @@ def test_a_space_with_too_few_trials_is_refused():
 
 
 def test_an_impossible_draw_names_trial_and_field():
-    with pytest.raises(BadRequest, match="drew -1.* for `epochs` of trial 0"):
+    with pytest.raises(BadRequest, match=r"drew -1.* for `epochs` of trial 0"):
         draw(SweepSpec(trials=1, space={"epochs": {"choice": [-1]}}))
 
 
@@ -64,3 +65,24 @@ def test_trial_ids_depend_on_content_only():
     ids = [trial.id for trial in plan(request, DATA, INIT).trials]
     assert len(set(ids)) == 4
     assert [trial.id for trial in plan(other_store, DATA, INIT).trials] == ids
+
+
+def test_a_grid_is_every_combination_once():
+    spec = SweepSpec(trials=6, grid={"learning_rate": [1e-5, 1e-6, 1e-7], "seed": [4, 5]}, space={"mixup": {"uniform": [0.1, 0.2]}})
+    drawn = draw(spec)
+    assert [(one.learning_rate, one.seed) for one in drawn] == [(rate, seed) for rate in (1e-5, 1e-6, 1e-7) for seed in (4, 5)]
+    assert len({one.mixup for one in drawn}) == 6
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"seed": [1, 2]}, "the grid has 2 combinations and `trials` is 6; write `trials: 2`"),
+        ({"colour": [1]}, "`colour` is no trial setting"),
+        ({"seed": []}, "at least 1 item"),
+        ({"mixup": [0, 0.5]}, "`mixup` is in the space and in the grid"),
+    ],
+)
+def test_an_impossible_grid_is_one_sentence(grid, said):
+    with pytest.raises(ValidationError, match=said):
+        SweepSpec(trials=6, grid=grid, space={"mixup": {"uniform": [0.1, 0.2]}})
