@@ -80,6 +80,28 @@ def read_version(model: str, number: int) -> ModelVersion:
     return ModelVersion(model=model, version=number, alias=alias, soup_sha256=found.tags.get("stockpot.soup_sha256", ""))
 
 
+def resolve(name: str) -> ModelVersion:
+    """The version a person means by `digits` (its champion), `digits@previous` or `digits/3`. Raises `RegistryError`."""
+    model, _, number = name.partition("/")
+    if number:
+        if not number.isdigit():
+            raise RegistryError(f"`{name}` names no version; write the model, model@alias, or model/number, such as {model}/3.")
+        return read_version(model, int(number))
+    model, _, alias = name.partition("@")
+    found = alias_version(model, alias or "champion")
+    if found is None:
+        raise RegistryError(
+            f"{model} has no {alias or 'champion'} in the registry at {address()}; register one with `stockpot soup SWEEP`."
+        )
+    return read_version(model, found)
+
+
+def version_sources(model: str) -> set[str]:
+    """The LoggedModels that hold the bytes of any version: by its source, because its `model_id` comes back empty over REST."""
+    with asking():
+        return {found.source.removeprefix("models:/") for found in client().search_model_versions(f"name = '{model}'")}
+
+
 def fetch_version(version: ModelVersion, folder: Path) -> Path:
     """Download a version's model and return the folder of its weights. Raises `RegistryError` when they are not the registered ones."""
     with asking():
