@@ -7,6 +7,9 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHON
 
+# A demo whose make is killed (SIGKILL included) ends like one that is interrupted.
+WITH_MAKE := $(if $(shell command -v setpriv),setpriv --pdeathsig TERM)
+
 .PHONY: help setup demo test proof check bench bench-gpu control lock clean
 
 help: ## show this list
@@ -16,7 +19,7 @@ setup: ## make .venv from requirements.lock
 	@sh infra/setup.sh
 
 demo: setup ## the whole path on real servers and a small real data set
-	@$(BIN)/stockpot demo $(ARGS)
+	@$(WITH_MAKE) $(BIN)/stockpot demo $(ARGS)
 
 test: setup ## every test, real servers included
 	@$(BIN)/python -m pytest $(ARGS)
