@@ -4,7 +4,9 @@ the scores already known. A soup is a list of trial ids; one named twice counts 
 Every forward pass has the same shape (a short block is filled up), so that what a model says about a sample does not depend on the block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +25,15 @@ from stockpot.soups.averaging import average
 from stockpot.soups.examining import Verdict, block_size, doubtful_first, examine
 
 # N samples, B block, C classes
+
+
+@dataclass(frozen=True)
+class Dish:
+    """Weights that can be made when they are needed."""
+
+    identity: tuple[str, ...]
+    """What decides them: the sha256 of every file in a plain mean, or of files, coefficients and recipe."""
+    make: Callable[[], dict[str, Tensor]]
 
 
 class Kitchen:
@@ -49,58 +60,65 @@ class Kitchen:
         self._loaded: tuple[str, ...] = ()
         self._soup: tuple[tuple[str, ...], Tensor] | None = None
 
-    def average(self, trials: Sequence[str]) -> dict[str, Tensor]:
-        """The soup's weights, a pure function of what is in it: members are summed in the order of their ids."""
-        return average([self.pool.candidates[trial].weights for trial in sorted(trials)])
+    def soup(self, trials: Sequence[str]) -> Dish:
+        """The plain mean of these trials, a pure function of what is in it: members are summed in the order of their ids."""
+        chosen = [self.pool.candidates[trial] for trial in sorted(trials)]
+        identity = tuple(sorted(one.ingredient.weights_sha256 for one in chosen))
+        return Dish(identity, lambda: average([one.weights for one in chosen]))
 
-    def logits(self, trials: Sequence[str], split: str) -> Tensor:
-        """What a soup says about every sample of a split: float32 (N, C)."""
+    def logits(self, dish: Dish, split: str) -> Tensor:
+        """What a dish says about every sample of a split: float32 (N, C)."""
         seen = self.splits[split]
-        verdict, logits_NC = self._examine(trials, split, torch.arange(len(seen.labels)), 0)
+        verdict, logits_NC = self._examine(dish, split, torch.arange(len(seen.labels)), 0)
         assert logits_NC is not None
-        self._cache.put(self._key(trials, split), verdict)
+        self._cache.put(self._key(dish, split), verdict)
         return logits_NC
 
-    def accuracy(self, trials: Sequence[str], split: str) -> Accuracy:
-        """A soup's exact accuracy on a split, measured once."""
-        known = self._cache.get(self._key(trials, split), 0)
+    def accuracy(self, dish: Dish, split: str) -> Accuracy:
+        """A dish's exact accuracy on a split, measured once."""
+        known = self._cache.get(self._key(dish, split), 0)
         if known is None:
-            self.logits(trials, split)
-            known = self._cache.get(self._key(trials, split), 0)
+            self.logits(dish, split)
+            known = self._cache.get(self._key(dish, split), 0)
             assert known is not None
         return known.accuracy
 
     def verdict(self, trials: Sequence[str], need: int) -> Verdict:
         """A greedy candidate on held_out, looked at no longer than its fate is open: the newest ingredient is the last one named."""
-        key = self._key(trials, "held_out")
+        dish = self.soup(trials)
+        key = self._key(dish, "held_out")
         if known := self._cache.get(key, need):
             return known
         labels_N = torch.as_tensor(self.splits["held_out"].labels)
         soup_NC = self._soup_logits(trials[:-1])
         order = doubtful_first(soup_NC, len(trials) - 1, self.pool.candidates[trials[-1]].logits, labels_N)
-        verdict, logits_NC = self._examine(trials, "held_out", order, need)
+        verdict, logits_NC = self._examine(dish, "held_out", order, need)
         self._cache.put(key, verdict)
         if logits_NC is not None and verdict.accuracy.correct >= need:
             self._soup = (tuple(trials), logits_NC)
         return verdict
 
-    def scores(self, trials: Sequence[str]) -> Scores:
-        """A soup on every split the sweep names."""
+    def scores(self, dish: Dish) -> Scores:
+        """A dish on every split the sweep names."""
+        return self.scores_by(partial(self.accuracy, dish))
+
+    def scores_by(self, accuracy: Callable[[str], Accuracy]) -> Scores:
+        """Whatever `accuracy` measures, on every split the sweep names."""
         return Scores(
-            held_out=self.accuracy(trials, "held_out"),
-            gate=self.accuracy(trials, "gate"),
-            test=self.accuracy(trials, "test") if "test" in self.splits else None,
-            shifts=self.shifts(trials),
+            held_out=accuracy("held_out"),
+            gate=accuracy("gate"),
+            test=accuracy("test") if "test" in self.splits else None,
+            shifts={name: accuracy(_suite(name)) for name in self.suites},
         )
 
-    def shifts(self, trials: Sequence[str]) -> dict[str, Accuracy]:
-        """A soup on every shift suite."""
-        return {name: self.accuracy(trials, _suite(name)) for name in self.suites}
+    def shifts(self, dish: Dish) -> dict[str, Accuracy]:
+        """A dish on every shift suite."""
+        return {name: self.accuracy(dish, _suite(name)) for name in self.suites}
 
-    def _examine(self, trials: Sequence[str], split: str, order: Tensor, need: int) -> tuple[Verdict, Tensor | None]:
-        if tuple(sorted(trials)) != self._loaded:
-            load_state(self._model, self.average(trials))
-            self._loaded = tuple(sorted(trials))
+    def _examine(self, dish: Dish, split: str, order: Tensor, need: int) -> tuple[Verdict, Tensor | None]:
+        if dish.identity != self._loaded:
+            load_state(self._model, dish.make())
+            self._loaded = dish.identity
         seen = self.splits[split]
         block = block_size(len(seen.labels))
 
@@ -120,9 +138,8 @@ class Kitchen:
             return self._soup[1]
         return torch.stack([self.pool.candidates[trial].logits for trial in trials]).mean(dim=0)
 
-    def _key(self, trials: Sequence[str], split: str) -> str:
-        weights = [self.pool.candidates[trial].ingredient.weights_sha256 for trial in trials]
-        return self._cache.key(weights, self._digests[split], split, self.splits[split].transform_digest)
+    def _key(self, dish: Dish, split: str) -> str:
+        return self._cache.key(dish.identity, self._digests[split], split, self.splits[split].transform_digest)
 
 
 def _suite(name: str) -> str:

@@ -84,6 +84,13 @@ class TrialPoint(Closed):
     kept: bool
 
 
+class AlphaPoint(Closed):
+    """One place on the line from the init (0) to a model (1)."""
+
+    alpha: float
+    scores: Scores
+
+
 class SoupReport(Closed):
     """Everything a person or the gate needs to know of one cooked sweep."""
 
@@ -98,7 +105,14 @@ class SoupReport(Closed):
     best_single: str = Field(description="Trial id of the highest held-out accuracy; ties go to the smaller id.")
     ingredients: tuple[str, ...] = Field(description="Trial ids in the shipped soup, in the order they were added.")
     steps: tuple[GreedyStep, ...]
-    scores: dict[str, Scores] = Field(description="Under `best_single`, `uniform` and `greedy`.")
+    scores: dict[str, Scores] = Field(description="Under `best_single`, `uniform` and `greedy`, and what the request asked to compare.")
+    alphas: dict[str, tuple[AlphaPoint, ...]] = Field(
+        default_factory=dict,
+        description="`best_single`, `uniform` and `greedy` interpolated with the init, if the request asked for `wise_ft`.",
+    )
+    angles: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict, description="Trial id to its angles with every trial of `trials`, seen from the init, in degrees."
+    )
     trials: tuple[TrialPoint, ...]
     excluded: dict[str, str] = Field(default_factory=dict, description="Trial id to the reason it was left out.")
     seconds: float = 0.0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stockpot import card, picture, registry, tracking
 from stockpot.checkpoints import save_weights
+from stockpot.comparing import Comparison, compare
 from stockpot.config import Sweep
 from stockpot.digests import canonical
 from stockpot.kitchen import Kitchen
@@ -65,26 +66,29 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
     best = ranked(singles)[0]
     steps = _greedy(sweep, singles, kitchen, say)
     recipes = {"best_single": (best,), "uniform": tuple(sorted(singles)), "greedy": members(steps)}
-    scores = {name: kitchen.scores(trials) for name, trials in recipes.items()}
+    scores = {name: kitchen.scores(kitchen.soup(trials)) for name, trials in recipes.items()}
     for name, trials in recipes.items():
         say(f"{name.replace('_', ' ')} of {len(trials)}: held_out {scores[name].held_out.value:.4f}")
+    compared = compare(kitchen, sweep.init, recipes, sweep.request.soup, folder) if sweep.request.soup.compare else Comparison()
     (folder / "soup").mkdir()
     report = SoupReport(
         sweep_id=sweep.id,
         model=sweep.request.model,
         mlflow_run_id="",
         recipe=wanted,
-        soup_sha256=save_weights(folder / "soup" / "model.safetensors", kitchen.average(recipes[wanted])),
+        soup_sha256=save_weights(folder / "soup" / "model.safetensors", kitchen.soup(recipes[wanted]).make()),
         init_digest=sweep.init.digest,
         transform_digest=kitchen.splits["held_out"].transform_digest,
         best_single=best,
         ingredients=recipes[wanted],
         steps=tuple(steps),
-        scores=scores,
+        scores=scores | compared.scores,
+        alphas=compared.alphas,
+        angles=compared.angles,
         trials=_points(kitchen, recipes["greedy"]),
         excluded=pool.excluded,
     )
-    gate_logits = {name: kitchen.logits(trials, "gate") for name, trials in recipes.items()}
+    gate_logits = {name: kitchen.logits(kitchen.soup(trials), "gate") for name, trials in recipes.items()}
     return _record(report, pool, gate_logits | {"labels": torch.as_tensor(kitchen.splits["gate"].labels)}, folder, began)
 
 
@@ -105,7 +109,7 @@ def _points(kitchen: Kitchen, kept: Sequence[str]) -> tuple[TrialPoint, ...]:
         TrialPoint(
             trial_id=trial,
             index=candidate.ingredient.index,
-            scores=Scores(held_out=candidate.ingredient.held_out, shifts=kitchen.shifts([trial])),
+            scores=Scores(held_out=candidate.ingredient.held_out, shifts=kitchen.shifts(kitchen.soup([trial]))),
             kept=trial in kept,
         )
         for trial, candidate in kitchen.pool.candidates.items()

@@ -110,3 +110,19 @@ def test_the_requested_recipe_ships(ground: Ground, ledger: str, tmp_path: Path)
     finish_trials(ground, sweep, tmp_path)
     report: SoupReport = cook(sweep.id, say=quiet)
     assert sorted(report.ingredients) == sorted(trial.id for trial in sweep.trials)
+
+
+def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    everything = ("pruned", "model_stock", "ensemble", "greedy_ensemble", "wise_ft", "angles")
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=3, soup=SoupSpec(compare=everything))
+    finish_trials(ground, sweep, tmp_path)
+    report = cook(sweep.id, say=quiet)
+    assert set(report.scores) == {"best_single", "uniform", "greedy", "pruned", "model_stock", "ensemble", "greedy_ensemble"}
+    assert report.scores["pruned"].held_out.correct >= report.scores["uniform"].held_out.correct
+    assert set(report.alphas) == {"best_single", "uniform", "greedy"}
+    for name, points in report.alphas.items():
+        assert [point.alpha for point in points] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+        assert points[-1].scores == report.scores[name]
+        assert points[0].scores == report.alphas["greedy"][0].scores
+    assert all(len(row) == 3 for row in report.angles.values())
+    assert report.ingredients == tuple(step.trial_id for step in report.steps if step.kept)
