@@ -223,6 +223,9 @@ class SoupSpec(Closed):
     accept: Literal["improve", "not_worse"] = Field(
         "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."
     )
+    compare: tuple[Literal["pruned", "model_stock", "ensemble", "greedy_ensemble", "wise_ft", "angles"], ...] = Field(
+        (), description="Recipes and yardsticks shown beside the soup, never shipped; each costs evaluations."
+    )
 
 
 class GateSpec(Closed):
