@@ -32,14 +32,14 @@ from stockpot.shards import pixels
 from stockpot.snapshots import Snapshot, open_snapshot, pin
 from stockpot.soups.averaging import average
 from stockpot.soups.examining import Verdict, block_size, doubtful_first, examine, floor, right
-from stockpot.soups.greedy import greedy
+from stockpot.soups.greedy import Accept, greedy
 from stockpot.soups.weights import Weights, open_weights
 from stockpot.sweeps import draw
 from stockpot.trials import fine_tune
 
 TRIALS = 24
 SEED = 10
-ACCEPT = "not_worse"
+ACCEPTS: tuple[Accept, ...] = ("improve", "not_worse")
 
 # N samples, C classes
 
@@ -55,7 +55,9 @@ def measure(trials: int = TRIALS) -> dict[str, dict[str, Any]]:
     pool = {f"{index:02d}": open_weights(folder / "trials" / f"{index:02d}.safetensors") for index in range(trials)}
     found: dict[str, dict[str, Any]] = {}
     for size in sorted({8, trials}):
-        found |= bench.compare(dict(list(pool.items())[:size]), "" if size == trials else f"_{size}")
+        for accept in ACCEPTS:
+            suffix = ("" if size == trials else f"_{size}") + ("" if accept == "improve" else "_ties")
+            found |= bench.compare(dict(list(pool.items())[:size]), accept, suffix)
     return found
 
 
@@ -67,18 +69,18 @@ class Bench:
         self.model: Classifier = build(config).eval()
         self.block = block_size(len(labels_N))
 
-    def compare(self, pool: dict[str, Weights], suffix: str) -> dict[str, dict[str, Any]]:
+    def compare(self, pool: dict[str, Weights], accept: Accept, suffix: str) -> dict[str, dict[str, Any]]:
         """The plain loop and ours on one pool."""
         singles = {trial: self._logits([file]) for trial, file in pool.items()}
         held_out = {trial: self._accuracy(told) for trial, told in singles.items()}
         began = time.perf_counter()
-        plain = greedy(held_out, lambda trials, _need: self._plain(pool, trials), ACCEPT)
+        plain = greedy(held_out, lambda trials, _need: self._plain(pool, trials), accept)
         middle = time.perf_counter()
-        ours = greedy(held_out, self._early(pool, singles), ACCEPT)
+        ours = greedy(held_out, self._early(pool, singles), accept)
         ended = time.perf_counter()
         if [(step.trial_id, step.kept) for step in plain] != [(step.trial_id, step.kept) for step in ours]:
             raise AssertionError("early rejection changed a decision")
-        return _figures(ours, suffix, len(pool), (middle - began) / (ended - middle))
+        return _figures(ours, accept, suffix, len(pool), (middle - began) / (ended - middle))
 
     def _plain(self, pool: dict[str, Weights], trials: Sequence[str]) -> Verdict:
         return Verdict(self._accuracy(self._logits([pool[trial] for trial in sorted(trials)])), len(self.labels))
@@ -109,12 +111,12 @@ class Bench:
         return Accuracy(correct=int(right(told, self.labels).sum()), seen=len(self.labels))
 
 
-def _figures(steps: Sequence[GreedyStep], suffix: str, trials: int, wall: float) -> dict[str, dict[str, Any]]:
+def _figures(steps: Sequence[GreedyStep], accept: Accept, suffix: str, trials: int, wall: float) -> dict[str, dict[str, Any]]:
     seen = steps[0].after.seen
     over = []
     for step in steps[1:]:
         if not step.kept and step.before:
-            need = step.before.correct + (1 if ACCEPT != "not_worse" else 0)
+            need = step.before.correct + (1 if accept == "improve" else 0)
             over.append(step.examined / seen / floor(need, seen))
     share = sum(step.examined for step in steps[1:]) / (seen * (trials - 1))
     kept = sum(step.kept for step in steps)

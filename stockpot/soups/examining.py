@@ -65,8 +65,8 @@ def examine(predict: Predict, labels_N: Tensor, order_N: Tensor, need: int, bloc
 
 
 def block_size(samples: int) -> int:
-    """Samples in one forward pass: about a twentieth of the split, which wastes little of a rejection, within what devices like."""
-    return max(32, min(256, math.ceil(samples / 20)))
+    """Samples in one forward pass: a small share of the split, because half a block is wasted on a rejection, within what devices like."""
+    return max(32, min(256, math.ceil(samples / 64)))
 
 
 def floor(steps_need: int, seen: int) -> float:

@@ -1,0 +1,69 @@
+"""`stockpot explain`, `reproduce` and `prune`: registered versions told, rebuilt, and what nothing needs any more."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer()
+
+Name = Annotated[str, typer.Argument(help="`digits` (its champion), `digits@previous` or `digits/3`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
+
+
+@app.command()
+def explain(model: Name, as_json: AsJson = False) -> None:
+    """Tell where a version comes from: ingredients, decisions, the gate's verdict, and who was champion before."""
+    from stockpot import explaining, ledger, registry
+
+    ledger.check_server()
+    version = registry.resolve(model)
+    decision = registry.read_decision(version)
+    document = {
+        "version": version.model_dump(mode="json"),
+        "decision": decision.model_dump(mode="json") if decision else None,
+        "report": explaining.read_report(version).model_dump(mode="json"),
+    }
+    _tell(document, explaining.explain(model), as_json)
+
+
+@app.command()
+def reproduce(model: Name, as_json: AsJson = False) -> None:
+    """Average a version's ingredients again and compare the result's sha256 with the registered weights."""
+    from stockpot import explaining, ledger
+
+    ledger.check_server()
+    version = explaining.reproduce(model)
+    _tell(
+        version.model_dump(mode="json"),
+        f"{version.model} version {version.version} is reproduced to the bit: {version.soup_sha256}",
+        as_json,
+    )
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="The registered model.")],
+    keep_top: Annotated[int, typer.Option(min=0, help="Best trials of every sweep whose weights stay.")] = 8,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would be deleted.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete stored weights that no version, no running sweep and no `reproduce` of champion, challenger or previous needs."""
+    from stockpot import ledger, pruning
+
+    ledger.check_server()
+    found = pruning.find_removable(model, keep_top)
+    total = sum(one.size for one in found)
+    if apply:
+        pruning.remove(found)
+    lines = [f"{one.kind} {one.about[:12]}  {one.size / 1e6:,.1f} MB" for one in found]
+    what = "Deleted" if apply else "Would delete (add --apply)"
+    _tell(
+        {"applied": apply, "bytes": total, "removable": [one.model_dump() for one in found]},
+        "\n".join([*lines, f"{what}: {len(found)} of {model}'s stored weights, {total / 1e6:,.1f} MB."]),
+        as_json,
+    )
+
+
+def _tell(document: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(document, indent=2) if as_json else text)
