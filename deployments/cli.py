@@ -11,7 +11,7 @@ from typing import Annotated, Any, Never
 
 import typer
 
-from deployments import commands_data, commands_stack
+from deployments import commands_data, commands_models, commands_stack
 from stockpot.errors import StockpotError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(commands_stack.app, name="stack", help="The local stack: Prefect, MLflow, SeaweedFS and two workers on this machine.")
+app.add_typer(commands_models.app)
 app.add_typer(commands_data.app, name="data", help="Snapshots: publish, register and verify datasets.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
@@ -54,10 +55,12 @@ def _surroundings() -> None:
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Which frozen permutation of the digits is used.")] = 10,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier demo runs first: deletes .stockpot/demo and its stack's state.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget earlier demo runs first: deletes .stockpot/demo and its stack's state.")
+    ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running at the end, to look at the pages.")] = False,
 ) -> None:
-    """The whole path on real servers and scikit-learn's digits: stack, data, base, 8 trials, soup, gate, and a stranger loading the champion."""
+    """The whole path on real servers and real digits: stack, data, base, 8 trials, soup, gate, and a stranger loading the champion."""
     from deployments.demo.run import run_demo
 
     run_demo(seed=seed, fresh=fresh, keep=keep)
@@ -78,7 +81,9 @@ def deploy() -> None:
 def retrain(
     request: Annotated[Path, typer.Argument(help="A request in YAML; `deployments/requests/` has ready-made ones.")],
     watch: Watch = False,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Look from here whether the servers and snapshots exist, first.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Look from here whether the servers and snapshots exist, first.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Start one retraining. The same request again repeats no finished trial and registers nothing twice."""
@@ -89,7 +94,9 @@ def retrain(
     check_prefect()
     if check:
         check_request(wanted)
-    run = start("retrain/stockpot", {"request": wanted.model_dump(mode="json")}, name=f"retrain-{wanted.model}", tags=[f"model:{wanted.model}"])
+    run = start(
+        "retrain/stockpot", {"request": wanted.model_dump(mode="json")}, name=f"retrain-{wanted.model}", tags=[f"model:{wanted.model}"]
+    )
     _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.page}", as_json and not watch)
     if watch:
         _show_sweep(watch_to_end(run), as_json)
@@ -143,32 +150,6 @@ def predict(
 
     rows = predict_files(model, images)
     _tell(rows, "\n".join(f"{row['image']}: {row['label']} ({row['probability']:.3f})" for row in rows), as_json)
-
-
-@app.command()
-def promote(
-    model: Annotated[str, typer.Argument(help="The registered model.")],
-    version: Annotated[int | None, typer.Option(min=1, help="Which version; without it, the challenger.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a version champion by hand; the champion so far becomes `previous`, where `rollback` finds it."""
-    from deployments.tables import version_line
-    from stockpot import ledger, releasing
-
-    ledger.check_server()
-    now = releasing.promote(model, version)
-    _tell(now.model_dump(mode="json"), version_line(now), as_json)
-
-
-@app.command()
-def rollback(model: Annotated[str, typer.Argument(help="The registered model.")], as_json: AsJson = False) -> None:
-    """Make the previous champion champion again. A second rollback takes it back."""
-    from deployments.tables import version_line
-    from stockpot import ledger, releasing
-
-    ledger.check_server()
-    now = releasing.rollback(model)
-    _tell(now.model_dump(mode="json"), version_line(now), as_json)
 
 
 def _tell(document: Any, text: str, as_json: bool) -> None:

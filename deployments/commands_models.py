@@ -1,4 +1,4 @@
-"""`stockpot explain`, `reproduce` and `prune`: registered versions told, rebuilt, and what nothing needs any more."""
+"""`stockpot explain`, `reproduce`, `promote`, `rollback`, `prune`: registered versions told, rebuilt, crowned, and what nothing needs."""
 
 import json
 from typing import Annotated, Any
@@ -39,6 +39,32 @@ def reproduce(model: Name, as_json: AsJson = False) -> None:
         f"{version.model} version {version.version} is reproduced to the bit: {version.soup_sha256}",
         as_json,
     )
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="The registered model.")],
+    version: Annotated[int | None, typer.Option(min=1, help="Which version; without it, the challenger.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version champion by hand; the champion so far becomes `previous`, where `rollback` finds it."""
+    from deployments.tables import version_line
+    from stockpot import ledger, releasing
+
+    ledger.check_server()
+    now = releasing.promote(model, version)
+    _tell(now.model_dump(mode="json"), version_line(now), as_json)
+
+
+@app.command()
+def rollback(model: Annotated[str, typer.Argument(help="The registered model.")], as_json: AsJson = False) -> None:
+    """Make the previous champion champion again. A second rollback takes it back."""
+    from deployments.tables import version_line
+    from stockpot import ledger, releasing
+
+    ledger.check_server()
+    now = releasing.rollback(model)
+    _tell(now.model_dump(mode="json"), version_line(now), as_json)
 
 
 @app.command()

@@ -20,7 +20,9 @@ def deploy_all() -> list[str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines()[-5:]
-        raise ServerUnreachable(f"Prefect refused the deployments of deployments/prefect.yaml: {' / '.join(line.strip() for line in lines)}")
+        raise ServerUnreachable(
+            f"Prefect refused the deployments of deployments/prefect.yaml: {' / '.join(line.strip() for line in lines)}"
+        )
     return [f"{flow}/stockpot" for flow in ("retrain", "finetune", "soup")]
 
 

@@ -85,7 +85,8 @@ def watch_to_end(started: Started) -> str:
             show(run, children)
     if not run.state.is_completed():
         raise StockpotError(f"{run.name} ended {run.state.name}: {run.state.message or 'no reason given'} See {started.page}")
-    return next(tag.removeprefix("sweep:") for tag in run.tags if tag.startswith("sweep:"))
+    sweep: str = next(tag.removeprefix("sweep:") for tag in run.tags if tag.startswith("sweep:"))
+    return sweep
 
 
 def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
@@ -100,7 +101,10 @@ def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
     with get_client(sync_client=True) as client:
         while True:
             try:
-                run, children = client.read_flow_run(run_id), client.read_flow_runs(flow_run_filter=children_of, sort=FlowRunSort.ID_DESC, limit=200)
+                run, children = (
+                    client.read_flow_run(run_id),
+                    client.read_flow_runs(flow_run_filter=children_of, sort=FlowRunSort.ID_DESC, limit=200),
+                )
             except (httpx.TransportError, PrefectHTTPStatusError) as error:
                 if isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error:
                     raise
@@ -132,7 +136,14 @@ def _live(console: Any) -> Iterator[Any]:
     """A bar over the children that have ended, and what runs now."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=None, now="")
 
@@ -152,6 +163,9 @@ def _plain() -> Any:
         for one in (run, *sorted(children, key=lambda child: child.name)):
             if one.state is not None and seen.get(one.id) != one.state.name:
                 seen[one.id] = one.state.name
-                print(f"{one.name}: {one.state.name}{f' ({one.state.message})' if one.state.message and one.state.is_final() else ''}", flush=True)
+                print(
+                    f"{one.name}: {one.state.name}{f' ({one.state.message})' if one.state.message and one.state.is_final() else ''}",
+                    flush=True,
+                )
 
     return show

@@ -21,18 +21,23 @@ def check_prefect(timeout_s: float = 4.0) -> None:
     """Raises `ServerUnreachable` unless a Prefect server answers at `PREFECT_API_URL`."""
     url = os.environ.get("PREFECT_API_URL")
     if not url:
-        raise ServerUnreachable("PREFECT_API_URL is not set; set it to a Prefect server, or start the local stack with `stockpot stack up`.")
+        raise ServerUnreachable(
+            "PREFECT_API_URL is not set; set it to a Prefect server, or start the local stack with `stockpot stack up`."
+        )
     auth = os.environ.get("PREFECT_API_AUTH_STRING")
     try:
         answer = httpx.get(f"{url}/admin/version", timeout=timeout_s, auth=tuple(auth.split(":", 1)) if auth else None)  # type: ignore[arg-type]
     except httpx.HTTPError as error:
         raise ServerUnreachable(
-            f"No Prefect server answers at PREFECT_API_URL={url} ({type(error).__name__}); start one, or the local stack with `stockpot stack up`."
+            f"No Prefect server answers at PREFECT_API_URL={url} ({type(error).__name__}); start one, or the local stack: "
+            "`stockpot stack up`."
         ) from error
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         raise ServerUnreachable(f"Prefect at {url} refused access (HTTP 401); set PREFECT_API_AUTH_STRING to its user:password.")
     if not answer.is_success:
-        raise ServerUnreachable(f"What answers at PREFECT_API_URL={url} is no Prefect API (HTTP {answer.status_code}); it should end in `/api`.")
+        raise ServerUnreachable(
+            f"What answers at PREFECT_API_URL={url} is no Prefect API (HTTP {answer.status_code}); it should end in `/api`."
+        )
 
 
 def check_request(request: RetrainRequest) -> None:

@@ -37,11 +37,20 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
 
 def sweep_text(document: dict[str, Any]) -> str:
     """The same for a person: a line per trial, the comparison, the version and how to load it."""
-    table = Table("trial", *[key for key in document["trials"][0] if key not in ("trial_id", "held_out", "in_soup")], "held_out %", "in the soup")
+    table = Table(
+        "trial", *[key for key in document["trials"][0] if key not in ("trial_id", "held_out", "in_soup")], "held_out %", "in the soup"
+    )
     for row in document["trials"]:
-        drawn = [f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items() if key not in ("trial_id", "held_out", "in_soup")]
+        drawn = [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for key, value in row.items()
+            if key not in ("trial_id", "held_out", "in_soup")
+        ]
         table.add_row(row["trial_id"], *drawn, _percent(row["held_out"]), "yes" if row["in_soup"] else "")
-    parts = [f"Sweep {document['sweep_id']} of {document['model']}: {document['finished']} of {len(document['trials'])} trials finished.", _text(table)]
+    parts = [
+        f"Sweep {document['sweep_id']} of {document['model']}: {document['finished']} of {len(document['trials'])} trials finished.",
+        _text(table),
+    ]
     if document["report"]:
         report = SoupReport.model_validate(document["report"])
         parts += [comparison(report), *[f"Left out: trial {trial}: {reason}" for trial, reason in report.excluded.items()]]
@@ -70,7 +79,8 @@ def comparison(report: SoupReport) -> str:
 def version_line(version: ModelVersion) -> str:
     """What was registered and the one line that loads it."""
     address = f"models:/{version.model}@{version.alias}" if version.alias else f"models:/{version.model}/{version.version}"
-    return f'Version {version.version} of {version.model}{f" is {version.alias}" if version.alias else ""}: mlflow.pyfunc.load_model("{address}")'
+    rank = f" is {version.alias}" if version.alias else ""
+    return f'Version {version.version} of {version.model}{rank}: mlflow.pyfunc.load_model("{address}")'
 
 
 def _cells(scores: Scores, suites: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from tasks.policies import stated_failure
 from tasks.showing import show_sweep, sweep_progress
 
 
-async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001  (Prefect's signature)
     """Hook: a cancelled retraining takes its trials and its soup along. A crashed one does not: a retry picks them up again."""
     async with get_client() as client:
         parent = await client.read_flow_run(flow_run.id)
@@ -51,7 +51,14 @@ async def run_trials(sweep: Sweep) -> None:
     get_run_logger().info("Sweep %s: %d trials, %d finished before.", sweep.id, total, len(before))
     outcomes = await run_to_end(
         [
-            Job(trial.id, fan_out.deployment, {"trial": trial.model_dump(mode="json")}, f"trial-{trial.index}-{trial.id}", f"trial:{trial.id}", _tags(sweep))
+            Job(
+                trial.id,
+                fan_out.deployment,
+                {"trial": trial.model_dump(mode="json")},
+                f"trial-{trial.index}-{trial.id}",
+                f"trial:{trial.id}",
+                _tags(sweep),
+            )
             for trial in sweep.trials
             if trial.id not in before
         ],
@@ -64,7 +71,9 @@ async def run_trials(sweep: Sweep) -> None:
     failed = {one.job.key: one.reason or "ended without an ingredient" for one in outcomes if one.job.key not in finished}
     await show_sweep(sweep, finished, failed)
     needed = max(1, math.ceil(fan_out.quorum * total))
-    close_sweep(sweep, "FINISHED" if len(finished) >= needed else "FAILED", {"trials": total, "finished": len(finished), "failed": len(failed)})
+    close_sweep(
+        sweep, "FINISHED" if len(finished) >= needed else "FAILED", {"trials": total, "finished": len(finished), "failed": len(failed)}
+    )
     if len(finished) < needed:
         reasons = "; ".join(f"{trial}: {reason.rstrip('.')}" for trial, reason in failed.items())
         raise TooFewIngredients(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 
 from stockpot.errors import ServerUnreachable, StockpotError
@@ -15,6 +15,7 @@ from tasks.showing import show_soup
 @flow(name="soup", flow_run_name="soup-{sweep_id}", description=__doc__)
 def soup(sweep_id: str, attempt: int = 1) -> ModelVersion | State[Any]:
     """Rank the sweep's ingredients on held_out, cook, score, register once, and let the gate decide on the alias."""
+    get_run_logger().info("Cooking sweep %s, attempt %d.", sweep_id, attempt)
     try:
         report = cook_soup(sweep_id)
         version = register_soup(report)

@@ -3,10 +3,10 @@
 from prefect import get_run_logger, runtime, task
 
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
-from tasks.policies import TRANSIENT, worth_a_retry
+from tasks.policies import TRANSIENT
 
 
-@task(name="cook", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="cook", **TRANSIENT)
 def cook_soup(sweep_id: str) -> SoupReport:
     """Rank, average and score the ingredients of one sweep."""
     from stockpot.souping import cook
@@ -14,7 +14,7 @@ def cook_soup(sweep_id: str) -> SoupReport:
     return cook(sweep_id, flow_run_id=runtime.flow_run.id, say=get_run_logger().info)
 
 
-@task(name="register", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="register", **TRANSIENT)
 def register_soup(report: SoupReport) -> ModelVersion:
     """One version per soup, keyed by the digest of its weights."""
     from stockpot.releasing import register
@@ -22,7 +22,7 @@ def register_soup(report: SoupReport) -> ModelVersion:
     return register(report)
 
 
-@task(name="gate", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="gate", **TRANSIENT)
 def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
     """Champion against challenger; moves the alias and reads it back."""
     from stockpot import tracking
@@ -31,7 +31,7 @@ def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
     return gate(report, version, tracking.read_sweep(report.sweep_id).request.gate)
 
 
-@task(name="fetch picture", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="fetch picture", **TRANSIENT)
 def fetch_picture(report: SoupReport) -> tuple[bytes, str]:
     """The soup's picture (PNG) and the address of its MLflow run, for the Prefect page."""
     from stockpot import tracking

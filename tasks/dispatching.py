@@ -108,9 +108,7 @@ async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
 
 async def unfinished_runs(client: PrefectClient, *tags: str) -> list[FlowRun]:
     """Every flow run with one of these tags that has not ended."""
-    query = FlowRunFilter(
-        tags=FlowRunFilterTags(any_=list(tags)), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
-    )
+    query = FlowRunFilter(tags=FlowRunFilterTags(any_=list(tags)), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
     runs: list[FlowRun] = []
     while page := await client.read_flow_runs(flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(runs)):
         runs += page
@@ -136,7 +134,9 @@ async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
             timeout=0,
         )
     except ObjectNotFound as error:
-        raise BadRequest(f"Prefect has no deployment `{job.deployment}`; run `stockpot deploy`, or name another one in the request.") from error
+        raise BadRequest(
+            f"Prefect has no deployment `{job.deployment}`; run `stockpot deploy`, or name another one in the request."
+        ) from error
 
 
 async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, retry_delay_s: float) -> bool:
@@ -157,7 +157,9 @@ async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, r
         elif one.attempt >= attempts:
             one.state, one.reason = "failed", f"{one.reason} (attempt {one.attempt} of {attempts})"
         else:
-            get_run_logger().warning("%s: %s Attempt %d of %d starts in %g s.", one.job.name, one.reason, one.attempt + 1, attempts, retry_delay_s)
+            get_run_logger().warning(
+                "%s: %s Attempt %d of %d starts in %g s.", one.job.name, one.reason, one.attempt + 1, attempts, retry_delay_s
+            )
             one.attempt += 1
             one.flow_run_id = (await _submit(one.job, one.attempt, retry_delay_s)).id
     return changed

@@ -1,14 +1,16 @@
 """What happens before a GPU is taken: pin the data, prepare the shared init, draw the trials, open the sweep in the ledger.
 Library modules are imported inside the tasks: importing a flow must stay cheap."""
 
+from typing import Literal
+
 from prefect import runtime, task
 
 from stockpot.config import Init, PinnedData, RetrainRequest, Sweep
 from stockpot.sweeps import plan
-from tasks.policies import TRANSIENT, in_own_process, worth_a_retry
+from tasks.policies import TRANSIENT, in_own_process
 
 
-@task(name="pin data", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="pin data", **TRANSIENT)
 def pin_data(request: RetrainRequest) -> PinnedData:
     """Every snapshot of the request by content: from here on nobody lists or globs."""
     from stockpot.snapshots import pin
@@ -21,7 +23,7 @@ def pin_data(request: RetrainRequest) -> PinnedData:
     )
 
 
-@task(name="prepare init", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="prepare init", **TRANSIENT)
 async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
     """The shared start of all trials, built once and found again by its key."""
     init: Init = await in_own_process(_prepare, request, data)
@@ -34,7 +36,7 @@ def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     return prepare(request.base, request.init, data.snapshot, request.store)
 
 
-@task(name="open sweep", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="open sweep", **TRANSIENT)
 def open_sweep(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
     """Draw the trials and write the sweep into the ledger, where `soup` finds it by id."""
     from stockpot import tracking
@@ -44,16 +46,19 @@ def open_sweep(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
     return sweep
 
 
-@task(name="count ingredients", retry_condition_fn=worth_a_retry, **TRANSIENT)
+@task(name="count ingredients", **TRANSIENT)
 def finished_trials(sweep: Sweep) -> dict[str, str]:
     """Trial id to held-out accuracy as text, of every trial of the sweep that has an ingredient in the ledger."""
     from stockpot import tracking
 
-    return {one.trial_id: f"{one.held_out.value:.4f} ({one.held_out.correct} of {one.held_out.seen})" for one in tracking.find_ingredients(sweep)}
+    return {
+        one.trial_id: f"{one.held_out.value:.4f} ({one.held_out.correct} of {one.held_out.seen})"
+        for one in tracking.find_ingredients(sweep)
+    }
 
 
-@task(name="close sweep", retry_condition_fn=worth_a_retry, **TRANSIENT)
-def close_sweep(sweep: Sweep, status: str, counts: dict[str, int]) -> None:
+@task(name="close sweep", **TRANSIENT)
+def close_sweep(sweep: Sweep, status: Literal["FINISHED", "FAILED"], counts: dict[str, int]) -> None:
     """End the sweep's run in the ledger with its counts."""
     from stockpot import tracking
 

@@ -14,14 +14,20 @@ from prefect.tasks import Task
 
 from stockpot.errors import ServerUnreachable, StockpotError
 
-TRANSIENT = {"retries": 4, "retry_delay_seconds": [2, 10, 30, 60], "retry_jitter_factor": 0.5}
-"""For calls to servers: about two minutes, long enough for a restart."""
 
-
-async def worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+async def _worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001  (Prefect's signature)
     """A server that did not answer may answer soon; a stated failure will be the same every time."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, ServerUnreachable) or not isinstance(error, StockpotError)
+
+
+TRANSIENT: dict[str, Any] = {
+    "retries": 4,
+    "retry_delay_seconds": [2, 10, 30, 60],
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": _worth_a_retry,
+}
+"""For calls to servers: about two minutes, long enough for a restart."""
 
 
 def stated_failure(error: StockpotError) -> State[Any]:

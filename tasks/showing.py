@@ -23,7 +23,9 @@ from tasks.dispatching import Outcome
 async def sweep_progress(sweep: Sweep, done: int) -> Callable[[list[Outcome]], Coroutine[Any, Any, None]]:
     """A progress artifact for the sweep's trials; returns what `run_to_end` calls on every change. `done` were finished before."""
     total = len(sweep.trials)
-    artifact = await acreate_progress_artifact(100 * done / total, key=f"sweep-{sweep.id}-progress", description=f"{done} of {total} trials ended")
+    artifact = await acreate_progress_artifact(
+        100 * done / total, key=f"sweep-{sweep.id}-progress", description=f"{done} of {total} trials ended"
+    )
 
     async def show(outcomes: list[Outcome]) -> None:
         ended = done + sum(one.state != "open" for one in outcomes)
@@ -44,7 +46,9 @@ async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, s
         }
         for trial in sweep.trials
     ]
-    await acreate_table_artifact(rows, key=f"sweep-{sweep.id}-trials", description=f"Trials of sweep {sweep.id} for model {sweep.request.model}")
+    await acreate_table_artifact(
+        rows, key=f"sweep-{sweep.id}-trials", description=f"Trials of sweep {sweep.id} for model {sweep.request.model}"
+    )
 
 
 def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision, picture: bytes, page: str) -> None:
@@ -64,7 +68,9 @@ def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision,
         description=f"Greedy decisions of sweep {report.sweep_id}, in order, on held_out",
     )
     create_table_artifact(
-        [score_row(name, scores) for name, scores in report.scores.items()], key=f"soup-{report.sweep_id}-scores", description="Accuracy in percent"
+        [score_row(name, scores) for name, scores in report.scores.items()],
+        key=f"soup-{report.sweep_id}-scores",
+        description="Accuracy in percent",
     )
     create_image_artifact(
         "data:image/png;base64," + base64.b64encode(picture).decode(),

@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import typer
+
 from deployments.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +26,7 @@ def test_the_file_map_is_the_tree():
 
 
 def test_every_command_shown_exists():
-    known = {command.name or command.callback.__name__ for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    known = set(typer.main.get_command(app).commands)
     shown = set(re.findall(r"^\s*(?:\$ )?stockpot ([a-z]+)", README, flags=re.MULTILINE)) | set(re.findall(r"`stockpot ([a-z]+)", README))
     assert shown
     assert shown <= known

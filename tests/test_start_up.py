@@ -23,5 +23,19 @@ def test_help_loads_nothing_heavy_and_names_every_command():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
-    for command in ("demo", "stack", "data", "deploy", "retrain", "soup", "status", "predict"):
+    for command in (
+        "demo",
+        "stack",
+        "data",
+        "deploy",
+        "retrain",
+        "soup",
+        "status",
+        "predict",
+        "explain",
+        "reproduce",
+        "promote",
+        "rollback",
+        "prune",
+    ):
         assert command in done.stdout

@@ -51,7 +51,9 @@ def running_trials(model, count):
     """The trial runs of a model once `count` of them are training, with their process ids."""
 
     def look():
-        runs = [run for run in runs_of(f"model:{model}") if run.name.startswith("trial-") and run.state.is_running() and run.infrastructure_pid]
+        runs = [
+            run for run in runs_of(f"model:{model}") if run.name.startswith("trial-") and run.state.is_running() and run.infrastructure_pid
+        ]
         return runs if len(runs) >= count else None
 
     return wait_for(look)

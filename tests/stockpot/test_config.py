@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from stockpot.config import RetrainRequest, SweepSpec, sweep_id
 from tests.requests_for_tests import DATA, INIT, REQUEST
 
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

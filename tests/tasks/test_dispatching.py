@@ -129,7 +129,9 @@ def test_runs_of_an_earlier_parent_are_waited_for_not_doubled(server):
         await lost_parent()
         outcomes, _ = await asyncio.gather(next_parent(), worker())
         async with get_client() as client:
-            everything = await client.read_flow_runs(flow_run_filter=FlowRunFilter(tags={"all_": ["sweep:orphan"]}), sort="ID_DESC", limit=10)
+            everything = await client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(tags={"all_": ["sweep:orphan"]}), sort="ID_DESC", limit=10
+            )
         return outcomes, everything
 
     outcomes, everything = asyncio.run(scenario())
