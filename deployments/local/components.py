@@ -171,6 +171,8 @@ def prefect_server(state: Path, ports: dict[str, int]) -> Component:
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
             # Children of a cancelled parent that its own hook missed are cancelled within this time.
             "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "5",
+            # A trial that waits for a slot is not late; marking all that wait also makes SQLite refuse other writers.
+            "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "600",
         },
     )
 
