@@ -24,23 +24,38 @@ def marked(mark: str) -> list[int]:
 
 
 def sweep(mark: str, deadline_s: float = SWEEP_S) -> list[int]:
-    """Kill every process with the mark until none is left; returns those that outlive the deadline (none, unless stuck in the kernel)."""
+    """Kill every process with the mark until none is left; returns those that outlive the deadline (none, unless stuck in the kernel).
+
+    Each is waited for to its very end: a dying process loses its environment, and so its mark, before its ports are free.
+    """
     end = time.monotonic() + deadline_s
     while (left := marked(mark)) and time.monotonic() < end:
-        for pid in left:
-            _kill(pid, mark)
-        time.sleep(0.02)
+        dying = [handle for pid in left for handle in _killed(pid, mark)]
+        for handle in dying:
+            _wait(handle, max(0.0, end - time.monotonic()))
+            os.close(handle)
     return left
 
 
-def _kill(pid: int, mark: str) -> None:
+def _killed(pid: int, mark: str) -> list[int]:
+    """A handle of the process after SIGKILL; none when it is gone, or its id was given to another process since."""
     with suppress(ProcessLookupError, PermissionError):
         handle = os.pidfd_open(pid)
         try:
-            if _carries(Path(f"/proc/{pid}"), f"{MARK}={mark}".encode()):  # the id may have been given to another process since
+            if _carries(Path(f"/proc/{pid}"), f"{MARK}={mark}".encode()):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
-        finally:
-            os.close(handle)
+                return [handle]
+        except ProcessLookupError:
+            pass
+        os.close(handle)
+    return []
+
+
+def _wait(handle: int, timeout_s: float | None = None) -> None:
+    """Until the process behind a handle has ended."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    poll.poll(None if timeout_s is None else timeout_s * 1000)
 
 
 def _carries(entry: Path, wanted: bytes) -> bool:
@@ -55,9 +70,7 @@ def main(supervisor: int, mark: str) -> None:
     with suppress(ProcessLookupError):
         handle = os.pidfd_open(supervisor)
         if os.getppid() == supervisor:
-            poll = select.poll()
-            poll.register(handle, select.POLLIN)
-            poll.poll()
+            _wait(handle)
     sweep(mark)
 
 

@@ -4,6 +4,7 @@ supervisor ends, SIGKILL included, none of its processes or their children is le
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -182,3 +183,13 @@ def test_leftovers_of_a_stack_whose_guardian_was_killed_too_are_cleared_by_the_n
     clear_leftovers(tmp_path)
     lock.release()
     assert guardian.marked(mark) == []
+
+
+def test_ports_of_killed_processes_are_free_at_once(stand: Stand) -> None:
+    listen = "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print(s.getsockname()[1], flush=True)"
+    stand.supervisor.start(python("mlflow", f"held = bytearray(2**28); {listen}; {SLEEPER}"))
+    until((stand.supervisor.logs / "mlflow.log").read_text)
+    port = int((stand.supervisor.logs / "mlflow.log").read_text())
+    assert guardian.sweep(stand.mark) == []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
