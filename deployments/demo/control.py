@@ -45,9 +45,15 @@ Weights = dict[str, Tensor]
 
 def main() -> None:
     """Compute every seed, a process each, and write the table."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_be_modest) as pool:
         seeds = dict(zip(map(str, SEEDS), pool.map(run_seed, SEEDS), strict=True))
     RESULT.write_text(json.dumps(summary(seeds), indent=1) + "\n")
+
+
+def _be_modest() -> None:
+    """One thread a process, so that figures do not depend on the machine's cores, and behind whatever else runs."""
+    torch.set_num_threads(1)
+    os.nice(5)
 
 
 def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -63,8 +69,6 @@ def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def run_seed(seed: int) -> dict[str, Any]:
     """Every schedule of one seed: test and held_out accuracies as fractions, and the trials in the greedy soup."""
-    torch.set_num_threads(1)
-    os.nice(5)
     request = yaml.safe_load(REQUEST.read_text())
     with tempfile.TemporaryDirectory(prefix="stockpot-control-") as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"

@@ -96,3 +96,20 @@ def test_a_broken_config_is_one_sentence(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=r"config\.json"):
         load_base(BaseSpec(arch=str(tmp_path / "config.json")))
+
+
+@pytest.mark.parametrize(
+    ("tower", "pool"), [("test_vit", ""), ("test_efficientnet", "avg")], ids=["transformer", "convolutions with BatchNorm"]
+)
+def test_a_config_may_name_a_timm_tower(tower, pool, tmp_path):
+    vision = {"timm_model_name": tower, "image_size": 160, "timm_pool": pool, "timm_proj": "linear"}
+    config = {"model_cfg": {**CONFIG["model_cfg"], "vision_cfg": vision}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = load_base(BaseSpec(arch=str(tmp_path / "config.json")))
+    model = build(ModelConfig(kind="open_clip", arch=base.arch, preprocess=base.preprocess, classes=CLASSES)).eval()
+    head = base.zero_shot_head(CLASSES, ["a {}"])
+    load_state(model, {**base.body_state(), "head.weight": head, "head.bias": torch.zeros(3)})
+    images = torch.randn(2, 3, 160, 160)
+    with torch.inference_mode():
+        assert torch.allclose(model.features(images), base.model.encode_image(images, normalize=True), atol=1e-5)
+        assert model(images).shape == (2, 3)
