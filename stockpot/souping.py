@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from stockpot import card, picture, registry, tracking
+from stockpot import card, page, picture, registry, tracking
 from stockpot.checkpoints import save_weights
 from stockpot.comparing import Comparison, compare
 from stockpot.config import Sweep
@@ -89,7 +89,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         excluded=pool.excluded,
     )
     gate_logits = {name: kitchen.logits(kitchen.soup(trials), "gate") for name, trials in recipes.items()}
-    return _record(report, pool, gate_logits | {"labels": torch.as_tensor(kitchen.splits["gate"].labels)}, folder, began)
+    return _record(report, sweep, pool, gate_logits | {"labels": torch.as_tensor(kitchen.splits["gate"].labels)}, folder, began)
 
 
 def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: Say) -> list[GreedyStep]:
@@ -116,7 +116,7 @@ def _points(kitchen: Kitchen, kept: Sequence[str]) -> tuple[TrialPoint, ...]:
     )
 
 
-def _record(report: SoupReport, pool: Pool, gate_logits: dict[str, Tensor], folder: Path, began: float) -> SoupReport:
+def _record(report: SoupReport, sweep: Sweep, pool: Pool, gate_logits: dict[str, Tensor], folder: Path, began: float) -> SoupReport:
     """Write the soup's files, store them, and commit the report last."""
     soup, files = folder / "soup", folder / "files"
     files.mkdir()
@@ -133,6 +133,7 @@ def _record(report: SoupReport, pool: Pool, gate_logits: dict[str, Tensor], fold
     report = report.model_copy(update={"mlflow_run_id": run, "model_id": model_id, "seconds": time.monotonic() - began})
     (files / "recipe.json").write_bytes(canonical(recipe))
     (files / "card.md").write_text(card.write(report))
+    (files / "report.html").write_text(page.write(report, sweep))
     (files / "picture.png").write_bytes(picture.draw(report))
     save_weights(files / "gate_logits.safetensors", gate_logits)
     return tracking.record_report(report, files)

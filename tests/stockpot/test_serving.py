@@ -1,4 +1,5 @@
-"""Guards: `mlflow models serve` answers over HTTP with the soup's own labels and refuses nonsense with 400; two versions keep their own code."""
+"""Guards: `mlflow models serve` answers over HTTP with the soup's own labels and refuses nonsense with 400;
+two versions keep their own code."""
 
 import base64
 import json

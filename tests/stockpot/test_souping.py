@@ -57,6 +57,7 @@ def test_the_run_holds_card_picture_gate_logits_and_the_soup(ground: Ground, swe
     assert client().get_run(report.mlflow_run_id).data.tags["mlflow.parentRunId"] == tracking.open_sweep(sweep)
     assert tracking.read_picture(report).startswith(b"\x89PNG")
     assert "## Greedy decisions" in tracking.read_report_text(report, "card.md")
+    assert report.soup_sha256[:12] in tracking.read_report_text(report, "report.html")
     logits = load_weights(tracking.fetch_report_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path / "files"))
     assert {name: len(tensor) for name, tensor in logits.items()} == dict.fromkeys(("labels", "best_single", "uniform", "greedy"), 30)
     folder = tmp_path / "model"
