@@ -116,7 +116,7 @@ def verify(
             _table("What changed", ("object", "found", "needed"), [tuple(one) for one in changes[:50]])
         first = changes[0]
         raise SnapshotBroken(
-            f"{len(changes)} of {of} changed. First: {first.key} is {first.found}, needed {first.needed}. Restore it, or publish a new snapshot."
+            f"{len(changes)} of {of} changed. First: {first.key} is {first.found}, needed {first.needed}. Restore it, or publish anew."
         )
     if not as_json:
         print(f"All {of} are as they were{' (every byte read)' if deep else ' (sizes and etags)'}.")

@@ -37,6 +37,11 @@ class DataSpec(Closed):
     skip_fraction: Fraction = Field(
         0.0, description="Share of train samples that may be unreadable before the trial fails. held_out, gate and test allow none."
     )
+    reading: Literal["auto", "cached", "streamed"] = Field(
+        "auto",
+        description="cached: shards on the node's disk, fetched once for all its trials. streamed: from storage every epoch. "
+        "auto: cached where the snapshot fits. The samples and their order are the same.",
+    )
 
 
 class BaseSpec(Closed):
@@ -44,8 +49,7 @@ class BaseSpec(Closed):
 
     arch: str = Field(
         min_length=1,
-        description="An open_clip architecture (`ViT-B-32`), a timm one (`timm:vit_base_patch16_224`), or the URI of an open_clip "
-        "JSON config.",
+        description="An open_clip architecture (`ViT-B-32`) or the URI of an open_clip JSON config, which may name a timm image tower.",
     )
     weights: str | None = Field(None, description="A pretrained tag of that architecture, or the URI of safetensors. None: random weights.")
 
@@ -332,6 +336,7 @@ class Trial(Closed):
     store: Uri
     loader_workers: int = 0
     skip_fraction: float = 0.0
+    reading: Literal["auto", "cached", "streamed"] = "auto"
     state_interval_s: int = 300
 
 

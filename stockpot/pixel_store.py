@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -77,22 +76,21 @@ def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArra
 def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray[np.void]) -> None:
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
     bounds = np.flatnonzero(np.diff(rows["shard"], prepend=-1, append=-1))
+    cached = snapshot.fits()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start, stop in pairwise(bounds):
             shard = int(rows["shard"][start])
-            with snapshot.fetch_shard(shard).path.open("rb") as file:
-
-                def fill(at: int, file: Any = file, key: str = snapshot.manifest.shards[shard].key) -> None:
-                    data = os.pread(file.fileno(), int(rows["size"][at]), int(rows["offset"][at]))
-                    try:
-                        images[at] = eval_transform(decode(data), preprocess).numpy()
-                    except Undecodable as reason:
-                        raise SkipBudgetExceeded(
-                            f"shard {key}, byte {rows['offset'][at]}: a sample {reason}; evaluation allows none."
-                        ) from reason
-
-                for _ in pool.map(fill, range(int(start), int(stop))):
-                    pass
+            data = np.memmap(snapshot.fetch_shard(shard).path, mode="r") if cached else snapshot.read_shard(shard)[0]
+            some = rows[start:stop]
+            places = zip(some["offset"].tolist(), some["size"].tolist(), strict=True)
+            encoded = (bytes(data[offset : offset + size]) for offset, size in places)
+            try:
+                for at, image in enumerate(pool.map(lambda one: eval_transform(decode(one), preprocess), encoded), int(start)):
+                    images[at] = image.numpy()
+            except Undecodable as reason:
+                raise SkipBudgetExceeded(
+                    f"A sample of shard {snapshot.manifest.shards[shard].key} {reason}; an evaluation allows none. Publish a new snapshot."
+                ) from reason
     images.flush()
 
 

@@ -162,13 +162,11 @@ def choose_reading(snapshot: Snapshot, reading: Reading, say: Callable[[str], No
     """`auto` becomes `cached`, unless what is missing of the snapshot does not fit on this node's disk."""
     if reading != "auto":
         return reading
-    cache = NodeCache()
-    missing = sum(shard.size for shard in snapshot.manifest.shards if not cache.path(shard.sha256).exists())
-    if missing <= cache.evictable(snapshot.contents):
+    if snapshot.fits():
         return "cached"
     say(
-        f"Snapshot {snapshot.digest[:12]} needs {missing / 1e9:.2f} GB more, {cache.free() / 1e9:.2f} GB are free in {cache.root}: its "
-        "shards are streamed from storage, once every epoch."
+        f"Snapshot {snapshot.digest[:12]} needs {snapshot.missing_bytes() / 1e9:.2f} GB more, {NodeCache().free() / 1e9:.2f} GB are free "
+        f"in {NodeCache().root}: its shards are streamed from storage, once every epoch."
     )
     return "streamed"
 

@@ -8,6 +8,7 @@ A dataset is a folder in object storage:
     snapshots/latest            the digest published last: what the folder's own address stands for
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -105,6 +106,28 @@ class Snapshot:
         entry = self.manifest.shards[shard]
         return NodeCache().ensure(self.shard_uri(shard), entry.sha256, entry.size, etag=entry.etag)
 
+    def missing_bytes(self) -> int:
+        """Bytes of shards that this node would have to fetch."""
+        cache = NodeCache()
+        return sum(shard.size for shard in self.manifest.shards if not cache.path(shard.sha256).exists())
+
+    def fits(self) -> bool:
+        """Whether this node's disk can hold all shards, others evicted."""
+        return self.missing_bytes() <= NodeCache().evictable(self.contents)
+
+    def read_shard(self, shard: int) -> tuple[bytearray, int]:
+        """A shard's verified bytes straight from storage, and the retries that took. Raises `SnapshotBroken`."""
+        entry, uri = self.manifest.shards[shard], self.shard_uri(shard)
+        data = bytearray()
+        fetched = storage.fetch(uri, data.extend, etag=entry.etag)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if (len(data), sha256) != (entry.size, entry.sha256):
+            raise SnapshotBroken(
+                f"Shard {uri} has {len(data):,} bytes with sha256 {sha256[:12]}, the manifest says {entry.size:,} bytes with "
+                f"{entry.sha256[:12]}: it was damaged or replaced. Restore it, or publish a new snapshot."
+            )
+        return data, fetched.retries
+
     def shard_uri(self, shard: int) -> str:
         """Address of a shard by its place in the manifest."""
         return storage.join(self.root, self.manifest.shards[shard].key)
@@ -152,15 +175,6 @@ def commit(root: str, manifest: Manifest) -> PinnedSnapshot:
         open_snapshot(PinnedSnapshot(uri=uri, digest=identity))  # the same snapshot, by another publisher or an earlier attempt
     storage.write_bytes(storage.join(root, "snapshots/latest"), f"{identity}\n".encode())
     return PinnedSnapshot(uri=uri, digest=identity)
-
-
-def require_content(uri: str, shard: Shard, size: int, sha256: str) -> None:
-    """Raise `SnapshotBroken` unless these are the size and hash of the shard's bytes."""
-    if (size, sha256) != (shard.size, shard.sha256):
-        raise SnapshotBroken(
-            f"Shard {uri} has {size:,} bytes with sha256 {sha256[:12]}, the manifest says {shard.size:,} bytes with {shard.sha256[:12]}: "
-            "it was damaged or replaced. Restore it, or publish a new snapshot."
-        )
 
 
 def _read(uri: str) -> Manifest:

@@ -5,7 +5,6 @@ grouping read it, then the number of samples is checked, and only then is one of
 in memory while the next group is fetched: plan for 16 to 24 shards of memory a trial.
 """
 
-import hashlib
 import io
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from stockpot import storage
 from stockpot.epochs import EpochPlan
 from stockpot.errors import SnapshotBroken
-from stockpot.snapshots import Snapshot, require_content
+from stockpot.snapshots import Snapshot
 from stockpot.tars import IMAGES
 
 FETCHED_AT_ONCE = 4
@@ -78,17 +76,15 @@ class StreamedBytes:
 
     def _shard(self, shard: int) -> _Shard:
         """Samples of one shard that belong to the split; the whole shard is verified before any of it is parsed."""
-        entry, uri = self.snapshot.manifest.shards[shard], self.snapshot.shard_uri(shard)
+        uri = self.snapshot.shard_uri(shard)
         start, stop = self.plan.ids(shard)
         ids = dict(zip(self.snapshot.index.keys(start, stop), range(start, stop), strict=True))
-        data = bytearray()
-        fetched = storage.fetch(uri, data.extend, etag=entry.etag)
-        require_content(uri, entry, len(data), hashlib.sha256(data).hexdigest())
+        data, retries = self.snapshot.read_shard(shard)
         samples = group_by_keys(tar_file_expander([{"url": uri, "stream": io.BytesIO(data)}]))
         found = {ids[sample["__key__"]]: _image(sample) for sample in samples if sample.get("__key__") in ids}
         if len(found) != len(ids):
             raise SnapshotBroken(f"Shard {uri} gave {len(found)} of the {len(ids)} samples its index names; publish a new snapshot.")
-        return _Shard(found, {"bytes_from_storage": len(data), "retries": fetched.retries})
+        return _Shard(found, {"bytes_from_storage": len(data), "retries": retries})
 
 
 def _image(sample: dict[str, Any]) -> bytes:

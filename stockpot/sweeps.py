@@ -56,6 +56,7 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
             store=request.store,
             loader_workers=request.data.loader_workers,
             skip_fraction=request.data.skip_fraction,
+            reading=request.data.reading,
             state_interval_s=request.fan_out.state_interval_s,
         )
         for index, settings in enumerate(draw(request.sweep))

@@ -22,7 +22,7 @@ from stockpot.evaluation import accuracy, logits
 from stockpot.models import Classifier, build, load_state
 from stockpot.outcomes import Ingredient
 from stockpot.preemption import Preempted, deferred_sigterm
-from stockpot.shards import Pixels, TrainReader, pixels
+from stockpot.shards import Pixels, Reading, TrainReader, pixels
 from stockpot.snapshots import Snapshot, open_snapshot
 from stockpot.trainer import Batch, Checkpoint, Log, State, total_steps, train
 
@@ -50,7 +50,7 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         model = build(config)
         load_state(model, weights)
         hold = Attempt(trial)
-        step = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say))
+        step = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say), say=say)
         held_out = pixels(snapshot, "held_out", config.preprocess)
         logits_NC = logits(model, held_out.images, config.preprocess, device=device)
         score = accuracy(logits_NC, held_out.labels)
@@ -63,7 +63,9 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         return ingredient
 
 
-def _fine_tune_or_resume(model: Classifier, trial: Trial, snapshot: Snapshot, hold: Attempt, *, device: str, log: Log) -> int:
+def _fine_tune_or_resume(
+    model: Classifier, trial: Trial, snapshot: Snapshot, hold: Attempt, *, device: str, log: Log, say: Callable[[str], None]
+) -> int:
     """Train to the end, keeping states on the way; on SIGTERM save one and leave. Returns the number of steps."""
     with deferred_sigterm() as told_to_leave:
 
@@ -79,6 +81,8 @@ def _fine_tune_or_resume(model: Classifier, trial: Trial, snapshot: Snapshot, ho
             snapshot,
             loader_workers=trial.loader_workers,
             skip_fraction=trial.skip_fraction,
+            reading=trial.reading,
+            say=say,
             device=device,
             log=log,
             resume=hold.resume(),
@@ -94,6 +98,8 @@ def fine_tune(
     *,
     loader_workers: int = 0,
     skip_fraction: float = 0.0,
+    reading: Reading = "auto",
+    say: Callable[[str], None] = print,
     device: str = "cpu",
     log: Log = lambda _metrics, _step: None,
     resume: State | None = None,
@@ -110,6 +116,8 @@ def fine_tune(
             seed=settings.seed,
             loader_workers=loader_workers,
             skip_fraction=skip_fraction,
+            reading=reading,
+            say=say,
             # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
             drop_last=snapshot.counts["train"] >= settings.batch_size,
         )

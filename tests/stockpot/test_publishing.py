@@ -1,7 +1,8 @@
-"""Publishing: identical bytes each time, never half a snapshot, resumed after a kill, all problems at once, readable by stock webdataset."""
+"""Publishing: identical bytes each time, never half a snapshot, resumed after a kill, all problems at once, read by stock webdataset."""
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_samples_may_be_grouped_by_a_field_of_their_json(tmp_path: Path) -> None
     rule = SplitSpec(held_out=0.3, gate=0.2, group_by="patient")
     snapshot = open_snapshot(publish(str(tmp_path), "patients", CLASSES, GivenSamples(given), splits=rule))
     bounds = [0, snapshot.counts["train"], snapshot.counts["train"] + snapshot.counts["held_out"], 180]
-    patients = [{int(key[1:]) // 6 for key in snapshot.index.keys(start, stop)} for start, stop in zip(bounds, bounds[1:], strict=False)]
+    patients = [{int(key[1:]) // 6 for key in snapshot.index.keys(start, stop)} for start, stop in pairwise(bounds)]
     assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
     with pytest.raises(ProblemsFound, match="missing group field"):
         publish(f"{tmp_path}/none", "none", CLASSES, GivenSamples(list(samples(90))), splits=rule)

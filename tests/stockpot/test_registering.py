@@ -37,10 +37,10 @@ def registered(root: str, **extra: object) -> PinnedSnapshot:
 def test_registered_shards_on_s3_are_read_like_published_ones_and_not_touched(s3: ObjectStore, tmp_path: Path) -> None:
     root = s3.uri(tmp_path.name)
     lay(root)
-    before = [item for item in storage.list_prefix(f"{root}/part-")]
+    before = storage.list_prefix(f"{root}/part-")
     seen: list[tuple[int, int | None]] = []
     snapshot = open_snapshot(registered(root, progress=lambda done, total: seen.append((done, total))))
-    assert [item for item in storage.list_prefix(f"{root}/part-")] == before
+    assert storage.list_prefix(f"{root}/part-") == before
     assert seen[-1] == (4, 4)
     assert sum(snapshot.counts.values()) == 96
     reader = TrainReader(snapshot, preprocess=PREPROCESS, augment=None, batch_size=8, seed=0)

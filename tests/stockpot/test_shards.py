@@ -1,6 +1,7 @@
 """Reading: the same batches for any number of loader workers, after a resume, cached or streamed; everything counted; nothing inherited."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,17 @@ def test_an_evaluation_split_is_complete_ordered_shared_and_read_only(snapshot: 
     assert pixels(snapshot, "held_out", other).images.shape[-1] == 8
     assert pixels(snapshot, "held_out", other).transform_digest != one.transform_digest
     assert len(list((node / "pixels").glob("*/meta.json"))) == 2
+
+
+def test_an_evaluation_split_of_a_snapshot_that_does_not_fit_is_the_same(
+    snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Snapshot, "fits", lambda self: False)
+        streamed = np.array(pixels(snapshot, "gate", PREPROCESS).images)
+    assert not list(node.rglob("*.tar"))
+    shutil.rmtree(node / "pixels")
+    assert np.array_equal(pixels(snapshot, "gate", PREPROCESS).images, streamed)
 
 
 def test_a_build_that_was_killed_is_built_again(snapshot: Snapshot, node: Path) -> None:

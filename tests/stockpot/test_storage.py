@@ -1,5 +1,5 @@
-"""The storage door: files and S3 behave alike; conditional create decides races; bad credentials, buckets, prefixes and silent servers are one
-sentence in under five seconds."""
+"""The storage door: files and S3 behave alike; conditional create decides races; bad credentials, buckets, prefixes and silent servers are
+one sentence in under five seconds."""
 
 import os
 import socket
