@@ -1,7 +1,7 @@
 """Start a deployment and watch it to the end: a live display on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +75,15 @@ def start(deployment: str, parameters: dict[str, Any], *, name: str, tags: list[
     return Started(run.id, run.name, f"{PREFECT_UI_URL.value()}/runs/flow-run/{run.id}")
 
 
-def watch_to_end(started: Started) -> str:
+def watch_to_end(started: Started, meanwhile: Callable[[], None] = lambda: None) -> str:
     """Show progress until the run ends; returns its sweep's id. Raises `StockpotError` with the run's own sentence when it fails.
 
-    Leaving early (Ctrl-C) stops only the watching.
+    Leaving early (Ctrl-C) stops only the watching. `meanwhile` is called between two looks; what it raises ends the watching.
     """
     with _display() as show:
         for run, children in _states(started.id):
             show(run, children)
+            meanwhile()
     if not run.state.is_completed():
         raise StockpotError(f"{run.name} ended {run.state.name}: {run.state.message or 'no reason given'} See {started.page}")
     sweep: str = next(tag.removeprefix("sweep:") for tag in run.tags if tag.startswith("sweep:"))

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,7 +38,7 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
     began, seconds = time.monotonic(), dict[str, float]()
     with ExitStack() as open_things:
         with _timed(seconds, "stack", "Starting Prefect, MLflow, SeaweedFS and two workers"):
-            addresses = _enter_stack(open_things, fresh, keep)
+            addresses, check = _enter_stack(open_things, fresh, keep)
         with _timed(seconds, "data", "Publishing the digits as snapshots"):
             uris = _publish(seed)
         with _timed(seconds, "base", "Pre-training the tiny CLIP and deploying the flows"):
@@ -47,7 +47,7 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
         with _timed(seconds, "sweep", f"Retraining: {request.sweep.trials} trials, two at a time, then the soup"):
             parameters = {"request": request.model_dump(mode="json")}
             sweep_id = watch_to_end(
-                start("retrain/stockpot", parameters, name=f"retrain-{request.model}", tags=["demo", f"model:{request.model}"])
+                start("retrain/stockpot", parameters, name=f"retrain-{request.model}", tags=["demo", f"model:{request.model}"]), check
             )
         report, version = _results(sweep_id)
         seconds["soup"] = report.seconds
@@ -82,9 +82,12 @@ def _timed(seconds: dict[str, float], name: str, what: str) -> Iterator[None]:
     print(f"    {seconds[name]:.1f} s", flush=True)
 
 
-def _enter_stack(open_things: ExitStack, fresh: bool, keep: bool) -> dict[str, str]:
-    """The stack's UI addresses. A stack that is already up is used and left alone."""
+def _enter_stack(open_things: ExitStack, fresh: bool, keep: bool) -> tuple[dict[str, str], Callable[[], None]]:
+    """The stack's UI addresses, and what raises when one of its servers has died. A stack that is already up is used and left alone."""
     from deployments.stack import start_detached
+
+    def check() -> None:
+        """Another process supervises that stack."""
 
     if environ := running_environ(STATE):
         if fresh:
@@ -92,9 +95,13 @@ def _enter_stack(open_things: ExitStack, fresh: bool, keep: bool) -> dict[str, s
     else:
         if fresh and STATE.exists():
             shutil.rmtree(STATE)
-        environ = start_detached(STATE) if keep else open_things.enter_context(local_stack(STATE)).environ
+        if keep:
+            environ = start_detached(STATE)
+        else:
+            stack = open_things.enter_context(local_stack(STATE))
+            environ, check = stack.environ, stack.check
     os.environ.update(environ)
-    return {"Prefect": environ["PREFECT_API_URL"].removesuffix("/api"), "MLflow": environ["MLFLOW_TRACKING_URI"]}
+    return {"Prefect": environ["PREFECT_API_URL"].removesuffix("/api"), "MLflow": environ["MLFLOW_TRACKING_URI"]}, check
 
 
 def _publish(seed: int) -> dict[str, Any]:
