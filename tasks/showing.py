@@ -58,7 +58,7 @@ def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision,
             {
                 "trial": step.trial_id,
                 "before": percent(step.before),
-                "after": percent(step.after),
+                "after": percent(step.after) if step.exact else f"at most {percent(step.after)}",
                 "kept": "kept" if step.kept else "left out",
                 "ingredients": step.size,
             }
@@ -79,7 +79,7 @@ def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision,
     )
     create_markdown_artifact(
         f"**{version.model} version {version.version}** is `{version.alias}`. {decision.reason}\n\n"
-        f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, weights and curves in MLflow]({page})",
+        f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, report and picture in MLflow]({page})",
         key=f"soup-{report.sweep_id}-version",
         description=f"Version {version.version} of {version.model}",
     )
