@@ -25,6 +25,7 @@ from stockpot.images import Augment, decode, eval_transform, transform_digest
 from stockpot.node_cache import Fetched, NodeCache
 from stockpot.pixel_store import Pixels, pixels
 from stockpot.snapshots import Snapshot
+from stockpot.stopping import until_failure
 from stockpot.streaming import StreamedBytes
 
 __all__ = ["Augment", "Batch", "Pixels", "TrainReader", "decode", "eval_transform", "pixels", "transform_digest"]
@@ -125,7 +126,8 @@ class TrainReader:
                 self.counters.update(bytes_from_storage=fetched.read_bytes, cache_hits=int(fetched.hit), retries=fetched.retries)
 
         with ThreadPoolExecutor(FETCHED_AT_ONCE, "stockpot-fill") as pool:
-            pending.extend(pool.submit(self.snapshot.fetch_shard, shard) for shard in self.plan.shards(epoch))
+            fetch = until_failure(self.snapshot.fetch_shard)
+            pending.extend(pool.submit(fetch, shard) for shard in self.plan.shards(epoch))
             try:
                 yield settle
             finally:

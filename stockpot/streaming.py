@@ -17,6 +17,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from stockpot.epochs import EpochPlan
 from stockpot.errors import SnapshotBroken
 from stockpot.snapshots import Snapshot
+from stockpot.stopping import until_failure
 from stockpot.tars import IMAGES
 
 FETCHED_AT_ONCE = 4
@@ -33,6 +34,7 @@ class StreamedBytes:
     def __init__(self, snapshot: Snapshot, plan: EpochPlan, epoch: int, skip: int) -> None:
         self.snapshot, self.plan = snapshot, plan
         self.counts: Counter[str] = Counter()
+        self._fetch = until_failure(self._shard)
         self._coming = self._needed(epoch, skip * plan.batch_size)
         self._groups: deque[dict[int, bytes]] = deque()
 
@@ -72,7 +74,7 @@ class StreamedBytes:
                 yield shards
 
     def _request(self) -> list[Future[_Shard]]:
-        return [self._pool.submit(self._shard, shard) for shard in next(self._coming, ())]
+        return [self._pool.submit(self._fetch, shard) for shard in next(self._coming, ())]
 
     def _shard(self, shard: int) -> _Shard:
         """Samples of one shard that belong to the split; the whole shard is verified before any of it is parsed."""
