@@ -24,8 +24,8 @@ demo: setup ## the whole path on real servers and a small real data set
 test: setup ## every test, real servers included
 	@$(BIN)/python -m pytest $(ARGS)
 
-proof: setup ## the slow proofs: a demo killed again and again
-	@$(BIN)/python -m pytest -m proof $(ARGS)
+proof: setup ## the slow proofs, such as a demo killed again and again
+	@$(BIN)/python -m pytest -m "slow or proof" $(ARGS)
 
 check: setup ## format, lint, types, import rules, infra files
 	@$(BIN)/ruff format --check --quiet .

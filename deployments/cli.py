@@ -56,7 +56,7 @@ def _surroundings() -> None:
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Which frozen permutation of the digits is used.")] = 10,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget earlier demo runs first: deletes .stockpot/demo and its stack's state.")
+        bool, typer.Option("--fresh", help="Start over: deletes .stockpot first, with every dataset and model of the local stack.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running at the end, to look at the pages.")] = False,
 ) -> None:

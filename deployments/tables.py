@@ -16,7 +16,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
     found = {one.trial_id: one for one in tracking.find_ingredients(sweep)}
     report = tracking.read_report(sweep_id)
     version = registry.find_version(sweep.request.model, report.soup_sha256) if report else None
-    drawn = sorted(sweep.request.sweep.space)
+    drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     return {
         "sweep_id": sweep_id,
         "model": sweep.request.model,

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from stockpot.config import Trial
-from stockpot.errors import ServerUnreachable, StockpotError
+from stockpot.errors import StockpotError, Transient
 from stockpot.outcomes import Ingredient
 from tasks.finetuning import finetune_trial
 from tasks.policies import stated_failure
@@ -18,7 +18,7 @@ def finetune(trial: Trial, attempt: int = 1) -> Ingredient | State[Any]:
     sweep counts and does not repeat; anything else fails or crashes the run, and the sweep starts it again."""
     try:
         return finetune_trial(trial, attempt)
-    except ServerUnreachable:
+    except Transient:
         raise
     except StockpotError as error:
         return stated_failure(error)

@@ -15,7 +15,7 @@ from prefect.flows import Flow
 from stockpot.config import RetrainRequest, Sweep
 from stockpot.errors import SoupFailed, StockpotError, TooFewIngredients
 from tasks.dispatching import Job, cancel_runs, run_to_end, unfinished_runs
-from tasks.planning import close_sweep, finished_trials, open_sweep, pin_data, prepare_init
+from tasks.planning import close_sweep, end_cancelled_sweep, finished_trials, open_sweep, pin_data, prepare_init
 from tasks.policies import stated_failure
 from tasks.showing import show_sweep, sweep_progress
 
@@ -24,9 +24,12 @@ async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[
     """Hook: a cancelled retraining takes its trials and its soup along. A crashed one does not: a retry picks them up again."""
     async with get_client() as client:
         parent = await client.read_flow_run(flow_run.id)
-        sweeps = [tag for tag in parent.tags if tag.startswith("sweep:")]
-        if sweeps:
-            await cancel_runs(client, [run.id for run in await unfinished_runs(client, *sweeps) if run.id != flow_run.id])
+        for tag in (tag for tag in parent.tags if tag.startswith("sweep:")):
+            runs = [run for run in await unfinished_runs(client, tag) if run.id != parent.id]
+            if any(run.flow_id == parent.flow_id for run in runs):
+                continue  # another retraining of the same sweep goes on with them
+            await cancel_runs(client, [run.id for run in runs])
+            end_cancelled_sweep(tag.removeprefix("sweep:"))
 
 
 @flow(name="retrain", flow_run_name="retrain-{request.model}", description=__doc__, on_cancellation=[cancel_children])
@@ -56,7 +59,7 @@ async def run_trials(sweep: Sweep) -> None:
                 fan_out.deployment,
                 {"trial": trial.model_dump(mode="json")},
                 f"trial-{trial.index}-{trial.id}",
-                f"trial:{trial.id}",
+                f"trial:{trial.model}:{trial.id}",
                 _tags(sweep),
             )
             for trial in sweep.trials
@@ -70,7 +73,7 @@ async def run_trials(sweep: Sweep) -> None:
     finished = finished_trials(sweep)
     failed = {one.job.key: one.reason or "ended without an ingredient" for one in outcomes if one.job.key not in finished}
     await show_sweep(sweep, finished, failed)
-    needed = max(1, math.ceil(fan_out.quorum * total))
+    needed = max(1, math.ceil(fan_out.quorum * total - 1e-9))  # 0.28 of 25 is 7, whatever binary fractions say
     close_sweep(
         sweep, "FINISHED" if len(finished) >= needed else "FAILED", {"trials": total, "finished": len(finished), "failed": len(failed)}
     )

@@ -1,6 +1,6 @@
 """What one attempt of a trial leaves for the next: a claim, and training states. In object storage, so the next may run on another worker.
 
-`{store}/training/{trial}/` holds `claim-0001`, ... (created conditionally, one per attempt; the highest owns the trial) and, per state,
+`{store}/training/{model}/{trial}/` holds `claim-0001`, ... (created conditionally, one per attempt; the highest owns it) and, per state,
 `state-{step}-{claim}.safetensors` with a `.json` of the same name: the commit marker, written last, with the weights' sha256. A state
 without its marker does not exist. Everything is removed once the ingredient is recorded.
 """
@@ -28,7 +28,7 @@ class Attempt:
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
-        self.root = f"{trial.store.rstrip('/')}/training/{trial.id}"
+        self.root = f"{trial.store.rstrip('/')}/training/{trial.model}/{trial.id}"
         self.claim = self._take()
         self._saved_at = time.monotonic()
 

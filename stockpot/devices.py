@@ -3,6 +3,7 @@ Nothing here imports torch, so a device can be claimed before CUDA is initialise
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pynvml
 from filelock import FileLock, Timeout
 
-from stockpot.errors import TrialFailed
+from stockpot.errors import DeviceBusy
 
 
 def gpu_count() -> int:
@@ -19,10 +20,11 @@ def gpu_count() -> int:
 
 
 @contextmanager
-def claimed_gpu(root: Path | None = None) -> Iterator[int | None]:
+def claimed_gpu(root: Path | None = None, wait_s: float = 180.0) -> Iterator[int | None]:
     """Hold one free GPU of this node while the block runs and make it the only one CUDA sees; None where there is no GPU.
 
-    Raises `TrialFailed` when every GPU is held: the worker's limit is then higher than the number of GPUs.
+    Waits up to `wait_s` for one, since a trial that was told to leave needs a moment. Raises `DeviceBusy` when every GPU stays held: the
+    worker's limit is then higher than the number of GPUs, or an orphan still trains.
     """
     devices = _visible()
     if not devices:
@@ -30,19 +32,28 @@ def claimed_gpu(root: Path | None = None) -> Iterator[int | None]:
         return
     folder = root or Path(tempfile.gettempdir()) / f"stockpot-gpus-{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
-    for device in devices:
-        lock = FileLock(folder / f"gpu-{device}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        try:
-            os.environ["CUDA_VISIBLE_DEVICES"] = device
-            yield int(device) if device.isdigit() else 0
-        finally:
-            lock.release()
-        return
-    raise TrialFailed(f"All {len(devices)} GPUs of this node are held by other trials; start its worker with `--limit {len(devices)}`.")
+    device, lock = _first_free(folder, devices, time.monotonic() + wait_s)
+    try:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+        yield int(device) if device.isdigit() else 0
+    finally:
+        lock.release()
+
+
+def _first_free(folder: Path, devices: list[str], end: float) -> tuple[str, FileLock]:
+    while True:
+        for device in devices:
+            lock = FileLock(folder / f"gpu-{device}.lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            return device, lock
+        if time.monotonic() > end:
+            raise DeviceBusy(
+                f"All {len(devices)} GPUs of this node are held by other trials; start its worker with `--limit {len(devices)}`."
+            )
+        time.sleep(1)
 
 
 def _visible() -> list[str]:

@@ -2,7 +2,9 @@
 
 StockpotError                    a stated failure: the command line prints the message and exits with 1
 ├── BadRequest                   a request no machine could carry out
-├── ServerUnreachable            Prefect, MLflow or the object store does not answer
+├── Transient                    worth another attempt later, unchanged
+│   ├── ServerUnreachable        Prefect, MLflow or the object store does not answer
+│   └── DeviceBusy               every GPU of the node is held by another trial
 ├── StorageError                 the object store answered, but not with what was asked
 │   ├── StorageRefused           credentials, bucket or permission
 │   ├── ObjectMissing            no such object, or an empty prefix
@@ -33,8 +35,16 @@ class BadRequest(StockpotError):
     """A request no machine could carry out."""
 
 
-class ServerUnreachable(StockpotError):
+class Transient(StockpotError):
+    """Worth another attempt later, unchanged."""
+
+
+class ServerUnreachable(Transient):
     """Prefect, MLflow or the object store does not answer."""
+
+
+class DeviceBusy(Transient):
+    """Every GPU of the node is held by another trial."""
 
 
 class StorageError(StockpotError):

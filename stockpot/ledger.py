@@ -61,11 +61,13 @@ def check_server(timeout_s: float = 4.0) -> None:
 
 @contextmanager
 def asking() -> Iterator[None]:
-    """Turns a server that does not answer into `ServerUnreachable`; an answer that refuses stays an `MlflowException`."""
+    """A server that does not answer, or fails while it does, becomes `ServerUnreachable`; one that refuses stays an `MlflowException`."""
     try:
         yield
-    except RestException:
-        raise
+    except RestException as error:
+        if error.get_http_status_code() < 500:
+            raise
+        raise ServerUnreachable(f"{_silent(address())} ({str(error).splitlines()[0][:200]})") from error
     except (MlflowException, requests.RequestException) as error:
         if isinstance(error, MlflowException) and "API request to" not in str(error):
             raise

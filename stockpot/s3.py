@@ -21,7 +21,7 @@ import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from fsspec.exceptions import FSTimeoutError
 
-from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused
+from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused, Transient
 
 CONNECT_S, CALL_S = 4, 60
 SILENCE_S = 10
@@ -42,7 +42,7 @@ class StoredObject(NamedTuple):
     modified: datetime
 
 
-class Interrupted(StorageError):
+class Interrupted(StorageError, Transient):
     """A body stopped before its end; `Body.read_into` may be called again from where it stopped. `silent`: by silence, not by a cut."""
 
     silent = False

@@ -29,20 +29,22 @@ Say = Callable[[str], None]
 
 
 def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupReport:
-    """The report of a sweep's soup, recorded in the ledger; the same sweep again gives the recorded one.
+    """The report of a sweep's soup, recorded in the ledger; the same finished trials again give the recorded one.
 
     say: called with one line per event. Raises `SweepMissing`, and `TooFewIngredients` when no finished trial is fit.
     """
     tracking.check_server()
-    if done := tracking.read_report(sweep_id):
+    sweep = tracking.read_sweep(sweep_id)
+    ingredients = tracking.find_ingredients(sweep)
+    done = tracking.read_report(sweep_id)
+    if done and {one.trial_id for one in ingredients} == {one.trial_id for one in done.trials} | set(done.excluded):
         say(f"sweep {sweep_id} is cooked already: soup {done.soup_sha256[:12]}")
         return done
     began = time.monotonic()
-    sweep = tracking.read_sweep(sweep_id)
     tracking.open_soup_run(sweep.request.model, sweep_id, flow_run_id)
     with TemporaryDirectory(prefix="stockpot-soup-") as scratch:
         folder = Path(scratch)
-        pool = gather(tracking.find_ingredients(sweep), sweep.init, folder / "ingredients")
+        pool = gather(ingredients, sweep.init, folder / "ingredients")
         try:
             kitchen = Kitchen(sweep, pool)
             kitchen.pool = _trusted(pool, kitchen)

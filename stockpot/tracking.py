@@ -55,10 +55,10 @@ def open_sweep(sweep: Sweep, flow_run_id: str | None = None) -> str:
         tags = {"stockpot.init": sweep.init.digest, "stockpot.trials": str(len(sweep.trials)), **_flow(flow_run_id)}
         mlflow_run_id = str(run.info.run_id)
         client().log_batch(mlflow_run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        if found is None:
-            client().log_text(mlflow_run_id, sweep.model_dump_json(indent=1), "sweep.json")
-            client().log_inputs(mlflow_run_id, _inputs(sweep))
-        elif run.info.status != "RUNNING":
+        # Written every time: an earlier parent may have died before this line, and the request may bring another gate or quorum.
+        client().log_text(mlflow_run_id, sweep.model_dump_json(indent=1), "sweep.json")
+        client().log_inputs(mlflow_run_id, _inputs(sweep))
+        if run.info.status != "RUNNING":
             client().update_run(mlflow_run_id, "RUNNING")
     return mlflow_run_id
 

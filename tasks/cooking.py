@@ -37,3 +37,11 @@ def fetch_picture(report: SoupReport) -> tuple[bytes, str]:
     from stockpot import tracking
 
     return tracking.read_picture(report), tracking.run_page(report.mlflow_run_id, report.model)
+
+
+@task(name="read alias", **TRANSIENT)
+def read_alias(version: ModelVersion) -> ModelVersion:
+    """The version with the alias it has now, which a later version may have taken."""
+    from stockpot import registry
+
+    return registry.read_version(version.model, version.version)

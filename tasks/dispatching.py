@@ -10,7 +10,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -34,8 +35,13 @@ from stockpot.errors import BadRequest
 PAGE = 200
 """Flow runs the API returns at once."""
 
+AWAY_S = 600
+"""Seconds the Prefect server may be away."""
+
 PATIENCE_S = 120
 """Seconds without any run being picked up after which the missing worker is named in the log."""
+
+Answer = TypeVar("Answer")
 
 _UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 
@@ -83,7 +89,8 @@ async def run_to_end(
     started = time.monotonic()
     told = False
     async with get_client() as client:
-        left = await _left_behind(client, jobs := tuple(jobs))
+        jobs = tuple(jobs)
+        left = await _patiently(lambda: _left_behind(client, jobs))
         outcomes = [Outcome(job, (left.get(job.tag) or await _submit(job, 1)).id) for job in jobs]
         while waiting := [one for one in outcomes if one.state == "open"]:
             waited_s = time.monotonic() - started
@@ -94,7 +101,7 @@ async def run_to_end(
                 await asyncio.sleep(min(10.0, 1.0 + len(waiting) / 50))
                 continue
             if on_change:
-                await on_change(outcomes)
+                await _patiently(lambda: on_change(outcomes))
     return outcomes
 
 
@@ -102,7 +109,7 @@ async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
     """Ask Prefect to cancel these runs; their workers end the processes. Returns how many were asked."""
     ids = list(run_ids)
     for run_id in ids:
-        await client.set_flow_run_state(run_id, Cancelling(message="Cancelled with its sweep."))
+        await _patiently(partial(client.set_flow_run_state, run_id, Cancelling(message="Cancelled with its sweep.")))
     return len(ids)
 
 
@@ -124,14 +131,17 @@ async def _left_behind(client: PrefectClient, jobs: tuple[Job, ...]) -> dict[str
 
 async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
     try:
-        return await arun_deployment(
-            job.deployment,
-            parameters={**job.parameters, "attempt": attempt},
-            scheduled_time=datetime.now(UTC) + timedelta(seconds=delay_s),
-            flow_run_name=job.name if attempt == 1 else f"{job.name}-attempt-{attempt}",
-            tags=[job.tag, *job.tags],
-            idempotency_key=f"{runtime.flow_run.id}:{job.key}:{attempt}",
-            timeout=0,
+        when = datetime.now(UTC) + timedelta(seconds=delay_s)
+        return await _patiently(
+            lambda: arun_deployment(
+                job.deployment,
+                parameters={**job.parameters, "attempt": attempt},
+                scheduled_time=when,
+                flow_run_name=job.name if attempt == 1 else f"{job.name}-attempt-{attempt}",
+                tags=[job.tag, *job.tags],
+                idempotency_key=f"{runtime.flow_run.id}:{runtime.flow_run.run_count}:{job.key}:{attempt}",
+                timeout=0,
+            )
         )
     except ObjectNotFound as error:
         raise BadRequest(
@@ -160,23 +170,32 @@ async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, r
             get_run_logger().warning(
                 "%s: %s Attempt %d of %d starts in %g s.", one.job.name, one.reason, one.attempt + 1, attempts, retry_delay_s
             )
+            one.flow_run_id = (await _submit(one.job, one.attempt + 1, retry_delay_s)).id
             one.attempt += 1
-            one.flow_run_id = (await _submit(one.job, one.attempt, retry_delay_s)).id
     return changed
 
 
 async def _read(client: PrefectClient, ids: list[UUID]) -> list[FlowRun]:
-    """All runs in pages of 200. A server that is away for a moment is asked again at the next step."""
+    """All runs, in pages of 200."""
     runs: list[FlowRun] = []
-    try:
-        for start in range(0, len(ids), PAGE):
-            query = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
-            runs += await client.read_flow_runs(flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE)
-    except (httpx.TransportError, PrefectHTTPStatusError) as error:
-        if isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error:
-            raise
-        get_run_logger().warning("The Prefect server did not answer (%s); asking again.", type(error).__name__)
+    for start in range(0, len(ids), PAGE):
+        query = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
+        runs += await _patiently(partial(client.read_flow_runs, flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE))
     return runs
+
+
+async def _patiently(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Ask a server that is away for a moment again, for ten minutes: the trials go on meanwhile, and their parent should be there after."""
+    end = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return await call()
+        except (httpx.TransportError, PrefectHTTPStatusError) as error:
+            refused = isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error
+            if refused or time.monotonic() > end:
+                raise
+            get_run_logger().warning("The Prefect server did not answer (%s); asking again.", type(error).__name__)
+        await asyncio.sleep(3)
 
 
 async def _give_up(client: PrefectClient, waiting: list[Outcome], reason: str) -> None:

@@ -63,3 +63,10 @@ def close_sweep(sweep: Sweep, status: Literal["FINISHED", "FAILED"], counts: dic
     from stockpot import tracking
 
     tracking.close_sweep(sweep.id, status, counts)
+
+
+def end_cancelled_sweep(sweep_id: str) -> None:
+    """Say in the ledger that a sweep was cancelled. No task: it is called from a hook, outside any run."""
+    from stockpot import tracking
+
+    tracking.close_sweep(sweep_id, "KILLED", {})

@@ -8,17 +8,18 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from prefect import get_run_logger
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Failed
 from prefect.tasks import Task
 
-from stockpot.errors import ServerUnreachable, StockpotError
+from stockpot.errors import StockpotError, Transient
 
 
 async def _worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001  (Prefect's signature)
     """A server that did not answer may answer soon; a stated failure will be the same every time."""
     error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, ServerUnreachable) or not isinstance(error, StockpotError)
+    return isinstance(error, Transient) or not isinstance(error, StockpotError)
 
 
 TRANSIENT: dict[str, Any] = {
@@ -26,6 +27,7 @@ TRANSIENT: dict[str, Any] = {
     "retry_delay_seconds": [2, 10, 30, 60],
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": _worth_a_retry,
+    "cache_policy": NO_CACHE,  # the ledger is the memory; a remembered answer would be a stale one
 }
 """For calls to servers: about two minutes, long enough for a restart."""
 

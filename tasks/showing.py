@@ -36,7 +36,7 @@ async def sweep_progress(sweep: Sweep, done: int) -> Callable[[list[Outcome]], C
 
 async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, str]) -> None:
     """One row per trial: what was drawn, how it ended."""
-    drawn = sorted(sweep.request.sweep.space)
+    drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     rows = [
         {
             "trial": trial.id,
@@ -78,7 +78,7 @@ def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision,
         description="Held-out accuracy against the average of the shift suites",
     )
     create_markdown_artifact(
-        f"**{version.model} version {version.version}** is `{version.alias}`. {decision.reason}\n\n"
+        f"**{version.model} version {version.version}** is `{version.alias or 'without an alias'}`. {decision.reason}\n\n"
         f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, report and picture in MLflow]({page})",
         key=f"soup-{report.sweep_id}-version",
         description=f"Version {version.version} of {version.model}",

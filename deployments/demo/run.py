@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deployments.deploying import ROOT, deploy_all
+from deployments.local.state import Lock
 from deployments.stack import local_stack, running_environ
 from deployments.starting import start, watch_to_end
 from deployments.tables import comparison, version_line
@@ -53,7 +55,7 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
         seconds["soup"] = report.seconds
         seconds["sweep"] -= report.seconds
         with _timed(seconds, "consumer", "A fresh process without this repository loads the champion"):
-            agreed = _stranger(version, report, seed)
+            agreed = _stranger(version, report, uris["test"], seed)
         seconds["total"] = time.monotonic() - began
         _write(report, version, seconds, request.sweep.trials)
         _tell(report, version, agreed, addresses, seconds, keep)
@@ -94,7 +96,7 @@ def _enter_stack(open_things: ExitStack, fresh: bool, keep: bool) -> tuple[dict[
             raise StockpotError(f"A stack is up on {STATE}, so its state cannot be forgotten; end it with `stockpot stack down` first.")
     else:
         if fresh and STATE.exists():
-            shutil.rmtree(STATE)
+            _forget()
         if keep:
             environ = start_detached(STATE)
         else:
@@ -102,6 +104,15 @@ def _enter_stack(open_things: ExitStack, fresh: bool, keep: bool) -> tuple[dict[
             environ, check = stack.environ, stack.check
     os.environ.update(environ)
     return {"Prefect": environ["PREFECT_API_URL"].removesuffix("/api"), "MLflow": environ["MLFLOW_TRACKING_URI"]}, check
+
+
+def _forget() -> None:
+    """Delete what earlier stacks left, holding the stack's lock: one that is just starting must not lose its files."""
+    lock = Lock(STATE)
+    for path in STATE.iterdir():
+        if path.name != "stack.lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    lock.release()
 
 
 def _publish(seed: int) -> dict[str, Any]:
@@ -137,7 +148,7 @@ def _results(sweep_id: str) -> tuple[SoupReport, ModelVersion]:
     return report, version
 
 
-def _stranger(version: ModelVersion, report: SoupReport, seed: int) -> str:
+def _stranger(version: ModelVersion, report: SoupReport, test: str, seed: int) -> str:
     """Load by alias in a process that cannot import this repository, classify the test images' PNG bytes, and count the right labels."""
     from deployments.demo.digits import test_pictures
 
@@ -154,13 +165,32 @@ def _stranger(version: ModelVersion, report: SoupReport, seed: int) -> str:
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StockpotError(f"A fresh process could not load {address}: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
-    correct = sum(label == answer for label, answer in json.loads(done.stdout.splitlines()[-1]))
-    own = report.scores[report.recipe].test
-    if own is None or correct != own.correct or len(names) != own.seen:
+    answers = json.loads(done.stdout.splitlines()[-1])
+    different = sum(answer != own for (_, answer), own in zip(answers, _own_answers(version, test), strict=True))
+    correct, recorded = sum(label == answer for label, answer in answers), report.scores[report.recipe].test
+    if different or recorded is None or correct != recorded.correct:
         raise StockpotError(
-            f"The loaded version has {correct} of {len(names)} test images right, the soup itself {own}: they must be equal."
+            f"The loaded version answers {different} of {len(names)} test images unlike the soup itself: they must be equal."
         )
-    return f"{correct} of {len(names)} test images right, as the soup itself"
+    return f"{correct} of {len(names)} test images right, each answer as the soup's own"
+
+
+def _own_answers(version: ModelVersion, test: str) -> list[str]:
+    """The soup's own label for every test image, through Stockpot's reader and model instead of the registered file's."""
+    from stockpot import registry
+    from stockpot.checkpoints import load_weights
+    from stockpot.evaluation import logits
+    from stockpot.models import ModelConfig, build, load_state
+    from stockpot.shards import pixels
+    from stockpot.snapshots import open_snapshot, pin
+
+    with TemporaryDirectory(prefix="stockpot-demo-") as folder:
+        files = registry.fetch_version(version, Path(folder))
+        config = ModelConfig.model_validate_json((files / "model.json").read_text())
+        model = build(config)
+        load_state(model, load_weights(files / "model.safetensors"))
+    images = pixels(open_snapshot(pin(test)), "test", config.preprocess).images
+    return [config.classes[label] for label in logits(model, images, config.preprocess, device="cpu").argmax(dim=1).tolist()]
 
 
 def _write(report: SoupReport, version: ModelVersion, seconds: dict[str, float], trials: int) -> None:

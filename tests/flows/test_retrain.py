@@ -114,7 +114,7 @@ def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(s
     rows = {row["trial"]: row["ended"] for row in json.loads(artifacts(f"sweep-{sweep_id}-trials")[f"sweep-{sweep_id}-trials"]["data"])}
     assert all("nowhere" in rows[trial] for trial in failing)
     for trial in failing:
-        assert len(runs_of(f"trial:{trial}")) == 1, "a trial's own fault is not worth a second attempt"
+        assert len(runs_of(f"trial:mixed:{trial}")) == 1, "a trial's own fault is not worth a second attempt"
 
     strict = lenient.model_copy(update={"fan_out": lenient.fan_out.model_copy(update={"quorum": 1.0})})
     with pytest.raises(StockpotError, match=f"{4 - len(failing)} of 4 trials of sweep {sweep_id} finished, 4 are needed") as caught:
@@ -145,6 +145,7 @@ def test_cancelling_the_parent_cancels_its_children(stack, request_for):
     wait_for(lambda: not any(psutil.pid_exists(number) for number in pids), timeout_s=30)
 
 
+@pytest.mark.slow
 def test_a_retraining_whose_parent_died_is_taken_up_without_doubling_its_trials(stack, request_for):
     request = request_for("orphaned", seeds=(8,), epochs=100)
     first = retrain(request)

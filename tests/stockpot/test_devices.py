@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from stockpot.devices import claimed_gpu
-from stockpot.errors import TrialFailed
+from stockpot.errors import DeviceBusy
 
 HOLDER = """
 import sys, time
@@ -27,7 +27,7 @@ def test_two_trials_get_two_devices_and_a_third_is_refused(tmp_path, monkeypatch
         with claimed_gpu(tmp_path) as second:
             assert {first, second} == {0, 1}
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-            with pytest.raises(TrialFailed, match="All 2 GPUs of this node are held"), claimed_gpu(tmp_path):
+            with pytest.raises(DeviceBusy, match="All 2 GPUs of this node are held"), claimed_gpu(tmp_path, wait_s=0):
                 pass
 
 
@@ -44,7 +44,7 @@ def test_a_killed_trial_gives_its_device_back(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], env=environ, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline().strip() == "0"
-        with pytest.raises(TrialFailed), claimed_gpu(tmp_path):
+        with pytest.raises(DeviceBusy), claimed_gpu(tmp_path, wait_s=0):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait(timeout=10)
