@@ -145,9 +145,9 @@ def _cold_trials(snapshot: Snapshot, store: ObjectStore, scratch: Path) -> dict[
 def _read_by_eight(snapshot: Snapshot, proxy: FaultyProxy, cuts: int, scratch: Path) -> float:
     context = multiprocessing.get_context("forkserver")
     with _cold(scratch):
-        proxy.break_next("cut", times=cuts, after=SHARD_BYTES // 2)
+        proxy.break_next("cut", times=cuts, after=min(shard.size for shard in snapshot.manifest.shards) // 2)
         proxy.answered = 0
-        trials = [context.Process(target=_trial, args=(snapshot.uri, snapshot.digest, seed)) for seed in range(8)]
+        trials = [context.Process(target=_trial, args=(dict(os.environ), snapshot.uri, snapshot.digest, seed)) for seed in range(8)]
         for trial in trials:
             trial.start()
         for trial in trials:
@@ -157,13 +157,14 @@ def _read_by_eight(snapshot: Snapshot, proxy: FaultyProxy, cuts: int, scratch: P
     return proxy.answered / _bytes(snapshot)
 
 
-def _trial(uri: str, digest: str, seed: int) -> None:
+def _trial(environ: dict[str, str], uri: str, digest: str, seed: int) -> None:
     from stockpot.config import PinnedSnapshot
 
+    os.environ.update(environ)  # the server that forks keeps the environment it was started with
     torch.set_num_threads(1)
     snapshot = open_snapshot(PinnedSnapshot(uri=uri, digest=digest))
     reader = TrainReader(snapshot, preprocess=_readers.PREPROCESS, augment=_small, batch_size=64, seed=seed, reading="cached")
-    assert sum(len(batch.labels) for batch in reader.batches(0)) == PHOTOS
+    assert sum(len(batch.labels) for batch in reader.batches(0)) == snapshot.counts["train"]
 
 
 def _small(image: torch.Tensor, seed: int) -> torch.Tensor:
@@ -185,7 +186,7 @@ def _memory() -> dict[str, dict[str, Any]]:
             assert len(open_snapshot(pinned).manifest.shards) == shards
             context = multiprocessing.get_context("forkserver")
             ours, theirs = context.Pipe()
-            process = context.Process(target=_peak, args=(theirs, pinned.uri, pinned.digest))
+            process = context.Process(target=_peak, args=(theirs, dict(os.environ), pinned.uri, pinned.digest))
             process.start()
             peaks[shards] = ours.recv()
             process.join()
@@ -198,11 +199,12 @@ def _memory() -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _peak(pipe: Any, uri: str, digest: str) -> None:
+def _peak(pipe: Any, environ: dict[str, str], uri: str, digest: str) -> None:
     import resource
 
     from stockpot.config import PinnedSnapshot
 
+    os.environ.update(environ)
     torch.set_num_threads(1)
     snapshot = open_snapshot(PinnedSnapshot(uri=uri, digest=digest))
     reader = TrainReader(snapshot, preprocess=_readers.PREPROCESS, augment=_small, batch_size=64, seed=0, reading="cached")

@@ -93,7 +93,7 @@ class Maker(Dataset[Made]):
             while len(self._files) >= OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             fetched = self.snapshot.fetch_shard(shard)
-            self._fetched.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)  # a hit is counted by the reader
+            self._fetched.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)
             self._files[shard] = os.open(fetched.path, os.O_RDONLY)
         return os.pread(self._files[shard], size, offset)
 

@@ -119,15 +119,17 @@ class TrainReader:
     def _filling(self, epoch: int) -> Iterator[Callable[..., None]]:
         """Fetch the epoch's shards in the background; `settle` counts what arrived and raises what failed."""
         pending: deque[Future[Fetched]] = deque()
+        shards = list(self.plan.shards(epoch))
+        self.counters.update(cache_hits=sum(self.snapshot.is_cached(shard) for shard in shards))
 
         def settle(*, wait: bool) -> None:
             while pending and (wait or pending[0].done()):
                 fetched = pending.popleft().result()
-                self.counters.update(bytes_from_storage=fetched.read_bytes, cache_hits=int(fetched.hit), retries=fetched.retries)
+                self.counters.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)
 
         with ThreadPoolExecutor(FETCHED_AT_ONCE, "stockpot-fill") as pool:
             fetch = until_failure(self.snapshot.fetch_shard)
-            pending.extend(pool.submit(fetch, shard) for shard in self.plan.shards(epoch))
+            pending.extend(pool.submit(fetch, shard) for shard in shards)
             try:
                 yield settle
             finally:

@@ -106,10 +106,13 @@ class Snapshot:
         entry = self.manifest.shards[shard]
         return NodeCache().ensure(self.shard_uri(shard), entry.sha256, entry.size, etag=entry.etag)
 
+    def is_cached(self, shard: int) -> bool:
+        """Whether this node has the shard."""
+        return NodeCache().path(self.manifest.shards[shard].sha256).exists()
+
     def missing_bytes(self) -> int:
         """Bytes of shards that this node would have to fetch."""
-        cache = NodeCache()
-        return sum(shard.size for shard in self.manifest.shards if not cache.path(shard.sha256).exists())
+        return sum(shard.size for number, shard in enumerate(self.manifest.shards) if not self.is_cached(number))
 
     def fits(self) -> bool:
         """Whether this node's disk can hold all shards, others evicted."""

@@ -43,7 +43,7 @@ def proxy(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyPr
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds instead of tens of them; one test runs with the real ones."""
-    monkeypatch.setattr(s3_module, "SILENCE_S", 1)
+    monkeypatch.setattr(s3_module, "SILENCE_S", 2)
 
 
 def read_all(snapshot: Snapshot, reading: str = "cached") -> TrainReader:
