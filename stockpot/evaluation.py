@@ -53,7 +53,8 @@ def _in_batches(
     model.to(device).eval()
     rows = []
     for start in range(0, len(images_N3HW), batch_size):
-        images_B3HW = torch.as_tensor(np.array(images_N3HW[start : start + batch_size]))
+        part = images_N3HW[start : start + batch_size]
+        images_B3HW = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
         rows.append(function(normalise(images_B3HW.to(device), preprocess)).float().cpu())
     model.train(was_training)
     return torch.cat(rows)
