@@ -106,24 +106,24 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
 
 
 def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(stack, request_for):
-    mixed = {"seeds": (1, 2, 3, 4), "augmentations": ("none", "deployments.demo.nowhere:missing")}
+    mixed = {"seeds": (1, 2, 3), "augmentations": ("none", "deployments.demo.nowhere:missing")}
     lenient = request_for("mixed", **mixed, quorum=0.25)
     sweep_id = watch_to_end(retrain(lenient))
     failing = [trial.id for trial in tracking.read_sweep(sweep_id).trials if "nowhere" in trial.settings.augmentation]
-    assert 0 < len(failing) < 4
+    assert 0 < len(failing) < 3
     rows = {row["trial"]: row["ended"] for row in json.loads(artifacts(f"sweep-{sweep_id}-trials")[f"sweep-{sweep_id}-trials"]["data"])}
     assert all("nowhere" in rows[trial] for trial in failing)
     for trial in failing:
         assert len(runs_of(f"trial:mixed:{trial}")) == 1, "a trial's own fault is not worth a second attempt"
 
     strict = lenient.model_copy(update={"fan_out": lenient.fan_out.model_copy(update={"quorum": 1.0})})
-    with pytest.raises(StockpotError, match=f"{4 - len(failing)} of 4 trials of sweep {sweep_id} finished, 4 are needed") as caught:
+    with pytest.raises(StockpotError, match=f"{3 - len(failing)} of 3 trials of sweep {sweep_id} finished, 3 are needed") as caught:
         watch_to_end(retrain(strict))
     assert all(trial in str(caught.value) for trial in failing)
 
 
 def test_a_killed_trial_is_started_again_and_the_sweep_ends_complete(stack, request_for):
-    started = retrain(request_for("killed", seeds=(5,), epochs=60))
+    started = retrain(request_for("killed", seeds=(5,), epochs=40))
     (run,) = running_trials("killed", 1)
     time.sleep(5)
     os.kill(pid(run), signal.SIGKILL)

@@ -79,7 +79,16 @@ def test_a_cut_of_every_connection_after_some_bytes_still_reads_everything(
 
 
 @READINGS
-@pytest.mark.parametrize(("fault", "after"), [("cut", 0), ("cut", 100), ("reset", 100), ("mute", 0), ("stall", 100)])
+@pytest.mark.parametrize(
+    ("fault", "after"),
+    [
+        ("cut", 0),
+        pytest.param("cut", 100, marks=pytest.mark.slow),
+        pytest.param("reset", 100, marks=pytest.mark.slow),
+        ("mute", 0),
+        ("stall", 100),
+    ],
+)
 def test_a_permanent_fault_stops_with_a_sentence_that_names_the_shard(
     published: Snapshot, proxy: FaultyProxy, impatient: None, fault: Fault, after: int, reading: str
 ) -> None:
