@@ -21,7 +21,7 @@ setup: ## make .venv from requirements.lock
 demo: setup ## the whole path on real servers and a small real data set
 	@$(WITH_MAKE) $(BIN)/stockpot demo $(ARGS)
 
-test: setup ## every test, real servers included
+test: setup ## all tests but the slowest, real servers included
 	@$(BIN)/python -m pytest $(ARGS)
 
 proof: setup ## the slow proofs, such as a demo killed again and again
