@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from stockpot.publishing import Sample
+from stockpot.data.publishing import Sample
 
 CLASSES = ("china", "flower")
 

@@ -24,9 +24,9 @@ import torch
 
 from benchmarks import _readers
 from benchmarks._photos import CLASSES, photos
-from stockpot.publishing import GivenSamples, Sample, publish
-from stockpot.shards import TrainReader, pixels
-from stockpot.snapshots import Snapshot, open_snapshot
+from stockpot.data.publishing import GivenSamples, Sample, publish
+from stockpot.data.shards import TrainReader, pixels
+from stockpot.data.snapshots import Snapshot, open_snapshot
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.object_store import ObjectStore, client, object_store
 

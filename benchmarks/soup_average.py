@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stockpot.checkpoints import save_weights
-from stockpot.soups.averaging import average
-from stockpot.soups.weights import open_weights
+from stockpot.soup.recipes.averaging import average
+from stockpot.soup.recipes.weights import open_weights
 
 FILES = 8
 REPEATS = 3

@@ -22,20 +22,20 @@ from torchvision.transforms.v2 import functional as pictures
 from deployments.demo.base import pretrain
 from deployments.demo.control import REQUEST
 from deployments.demo.digits import publish_digits
-from stockpot import inits
 from stockpot.checkpoints import save_weights
 from stockpot.config import BaseSpec, InitSpec, SweepSpec
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.evaluation import logits, normalise
 from stockpot.models import Classifier, ModelConfig, build, load_state
 from stockpot.outcomes import Accuracy, GreedyStep
-from stockpot.shards import pixels
-from stockpot.snapshots import Snapshot, open_snapshot, pin
-from stockpot.soups.averaging import average
-from stockpot.soups.examining import Verdict, block_size, doubtful_first, examine, floor, right
-from stockpot.soups.greedy import Accept, greedy
-from stockpot.soups.weights import Weights, open_weights
+from stockpot.soup.recipes.averaging import average
+from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor, right
+from stockpot.soup.recipes.greedy import Accept, greedy
+from stockpot.soup.recipes.weights import Weights, open_weights
 from stockpot.sweeps import draw
-from stockpot.trials import fine_tune
+from stockpot.training import inits
+from stockpot.training.trials import fine_tune
 
 TRIALS = 24
 SEED = 10

@@ -1,7 +1,8 @@
 """What the trainer costs over the loop a specialist would write, on the same model and batches in memory, and where a trial's start goes.
 
-`train.step_vs_bare`: steps per second of `stockpot.trainer.train`, all logging on, moving average off, over a bare PyTorch loop (normalise,
-forward, cross-entropy, backward, clip, fused AdamW, cosine). The two alternate; a ratio is taken per pair, the median is reported.
+`train.step_vs_bare`: steps per second of `stockpot.training.trainer.train`, all logging on, moving average off, over a bare PyTorch loop
+(normalise, forward, cross-entropy, backward, clip, fused AdamW, cosine). The two alternate; a ratio is taken per pair,
+the median is reported.
 `train.start_up`: seconds of CPU from a process' start to its first step, in the named parts.
 """
 
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from stockpot.config import Preprocess, TrialSettings
 from stockpot.models import ModelConfig, build
-from stockpot.trainer import train
+from stockpot.training.trainer import train
 
 STEPS, PAIRS, BATCH = 20, 11, 16
 PREPROCESS = Preprocess(size=64, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
@@ -35,12 +36,12 @@ def part(name):
 parts["python"] = began[0]
 import torch; part("torch")
 import stockpot.models; part("open_clip, timm and torchvision")
-import stockpot.shards; part("data plane")
-import stockpot.tracking; part("mlflow")
-import stockpot.trials; part("the rest of a trial")
+import stockpot.data.shards; part("data plane")
+import stockpot.ledger.tracking; part("mlflow")
+import stockpot.training.trials; part("the rest of a trial")
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]); part("optimiser")
 from benchmarks.train import SETTINGS, batches, model, PREPROCESS
-from stockpot.trainer import train
+from stockpot.training.trainer import train
 train(model(), SETTINGS.model_copy(update={"max_steps": 1}), batches, steps_per_epoch=1, preprocess=PREPROCESS)
 part("model and first step")
 print(json.dumps(parts))

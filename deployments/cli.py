@@ -111,10 +111,10 @@ def soup(
     """Cook one sweep again from its finished trials: rank, average, score, register once, pass the gate."""
     from deployments.starting import start, watch_to_end
     from deployments.surroundings import check_prefect
-    from stockpot import ledger, tracking
+    from stockpot.ledger import connection, tracking
 
     check_prefect()
-    ledger.check_server()
+    connection.check_server()
     model = tracking.read_sweep(sweep).request.model
     run = start("soup/stockpot", {"sweep_id": sweep}, name=f"soup-{sweep}", tags=[f"sweep:{sweep}", f"model:{model}", f"soup:{sweep}"])
     _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.page}", as_json and not watch)
@@ -129,9 +129,9 @@ def status(
 ) -> None:
     """What the ledger knows: sweeps, or one sweep's trials, soup and version."""
     from deployments.tables import sweeps_text
-    from stockpot import ledger, tracking
+    from stockpot.ledger import connection, tracking
 
-    ledger.check_server()
+    connection.check_server()
     if sweep is None:
         rows = tracking.list_sweeps()
         _tell([row.model_dump(mode="json") for row in rows], sweeps_text(rows), as_json)

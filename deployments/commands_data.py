@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from stockpot.config import PinnedSnapshot
-    from stockpot.examination import Problems
-    from stockpot.splits import SplitSpec
+    from stockpot.data.examination import Problems
+    from stockpot.data.splits import SplitSpec
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -46,8 +46,8 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Pack pictures into shards and store them as a snapshot. Started again after an interruption, it goes on where it stopped."""
-    from stockpot.publishing import publish as run
-    from stockpot.snapshots import pin
+    from stockpot.data.publishing import publish as run
+    from stockpot.data.snapshots import pin
 
     chosen = _source(_address(source), classes)
     with _progress("samples") as progress, _report():
@@ -76,8 +76,8 @@ def register(
     as_json: AsJson = False,
 ) -> None:
     """Make a snapshot of shards that exist already, in one full read; the shards are not touched, and all problems are reported at once."""
-    from stockpot.registering import register as run
-    from stockpot.snapshots import pin
+    from stockpot.data.registering import register as run
+    from stockpot.data.snapshots import pin
 
     uris = [_address(uri) for uri in source]
     root = _address(dest) if dest else uris[0].rpartition("/")[0] if uris[0].endswith(".tar") else uris[0].rstrip("/")
@@ -97,9 +97,9 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Say what changed in storage since a snapshot was made. Exit 1 when anything did."""
+    from stockpot.data.registering import verify as run
+    from stockpot.data.snapshots import open_snapshot, pin
     from stockpot.errors import SnapshotBroken
-    from stockpot.registering import verify as run
-    from stockpot.snapshots import open_snapshot, pin
 
     opened = open_snapshot(pin(_address(snapshot)))
     with _progress("objects") as progress:
@@ -124,8 +124,8 @@ def verify(
 
 def _source(uri: str, classes: str | None) -> Any:
     from stockpot import storage
+    from stockpot.data.sources import ClassFolders, ExistingShards
     from stockpot.errors import BadRequest
-    from stockpot.sources import ClassFolders, ExistingShards
 
     storage.check(uri)
     if not uri.endswith(".tar") and not any(item.uri.endswith(".tar") for item in storage.list_prefix(f"{uri.rstrip('/')}/")):
@@ -140,7 +140,7 @@ def _source(uri: str, classes: str | None) -> Any:
 
 def _class_names(uri: str, classes: str | None) -> tuple[str, ...] | None:
     from stockpot import storage
-    from stockpot.sources import read_classes
+    from stockpot.data.sources import read_classes
 
     if classes:
         return read_classes(_address(classes))
@@ -149,7 +149,7 @@ def _class_names(uri: str, classes: str | None) -> tuple[str, ...] | None:
 
 
 def _splits(split: str | None, held_out: str, gate: str, salt: str, group_by: str) -> "SplitSpec | str":
-    from stockpot.splits import SplitSpec
+    from stockpot.data.splits import SplitSpec
 
     return split or SplitSpec(held_out=_share(held_out), gate=_share(gate), salt=salt, group_by=group_by)
 
@@ -175,8 +175,8 @@ def _last(uri: str) -> str:
 
 
 def _say(pinned: "PinnedSnapshot", as_json: bool) -> None:
-    from stockpot.manifests import thin_classes
-    from stockpot.snapshots import open_snapshot
+    from stockpot.data.manifests import thin_classes
+    from stockpot.data.snapshots import open_snapshot
 
     snapshot = open_snapshot(pinned)
     warnings = thin_classes(snapshot)
@@ -196,7 +196,7 @@ def _say(pinned: "PinnedSnapshot", as_json: bool) -> None:
 @contextmanager
 def _report() -> Iterator[None]:
     """Print the table of problems before the sentence that sums it up."""
-    from stockpot.examination import ProblemsFound
+    from stockpot.data.examination import ProblemsFound
 
     try:
         yield

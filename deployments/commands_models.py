@@ -14,9 +14,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 @app.command()
 def explain(model: Name, as_json: AsJson = False) -> None:
     """Tell where a version comes from: ingredients, decisions, the gate's verdict, and who was champion before."""
-    from stockpot import explaining, ledger, registry
+    from stockpot.ledger import connection, registry
+    from stockpot.release import explaining
 
-    ledger.check_server()
+    connection.check_server()
     version = registry.resolve(model)
     decision = registry.read_decision(version)
     document = {
@@ -30,9 +31,10 @@ def explain(model: Name, as_json: AsJson = False) -> None:
 @app.command()
 def reproduce(model: Name, as_json: AsJson = False) -> None:
     """Average a version's ingredients again and compare the result's sha256 with the registered weights."""
-    from stockpot import explaining, ledger
+    from stockpot.ledger import connection
+    from stockpot.release import explaining
 
-    ledger.check_server()
+    connection.check_server()
     version = explaining.reproduce(model)
     _tell(
         version.model_dump(mode="json"),
@@ -49,9 +51,10 @@ def promote(
 ) -> None:
     """Make a version champion by hand; the champion so far becomes `previous`, where `rollback` finds it."""
     from deployments.tables import version_line
-    from stockpot import ledger, releasing
+    from stockpot.ledger import connection
+    from stockpot.release import releasing
 
-    ledger.check_server()
+    connection.check_server()
     now = releasing.promote(model, version)
     _tell(now.model_dump(mode="json"), version_line(now), as_json)
 
@@ -60,9 +63,10 @@ def promote(
 def rollback(model: Annotated[str, typer.Argument(help="The registered model.")], as_json: AsJson = False) -> None:
     """Make the previous champion champion again. A second rollback takes it back."""
     from deployments.tables import version_line
-    from stockpot import ledger, releasing
+    from stockpot.ledger import connection
+    from stockpot.release import releasing
 
-    ledger.check_server()
+    connection.check_server()
     now = releasing.rollback(model)
     _tell(now.model_dump(mode="json"), version_line(now), as_json)
 
@@ -75,9 +79,10 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete stored weights that no version, no running sweep and no `reproduce` of champion, challenger or previous needs."""
-    from stockpot import ledger, pruning
+    from stockpot.ledger import connection
+    from stockpot.release import pruning
 
-    ledger.check_server()
+    connection.check_server()
     found = pruning.find_removable(model, keep_top)
     total = sum(one.size for one in found)
     if apply:

@@ -8,9 +8,9 @@ from stockpot.errors import BadRequest
 
 def predict_files(model: str, images: list[Path]) -> list[dict[str, Any]]:
     """One row per image: file, label, probability. `model` is a name (its champion), name@alias or name/version."""
-    from stockpot import ledger, registry
+    from stockpot.ledger import connection, registry
 
-    ledger.check_server()
+    connection.check_server()
     loaded = registry.load(model if "@" in model or "/" in model else f"{model}@champion")
     try:
         answers = loaded.predict([{"image": path.read_bytes()} for path in images])

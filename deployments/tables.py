@@ -10,7 +10,7 @@ from stockpot.outcomes import ModelVersion, Scores, SoupReport
 
 def sweep_document(sweep_id: str) -> dict[str, Any]:
     """One sweep: its trials with accuracies, its soup with scores, its version. Raises `SweepMissing`."""
-    from stockpot import registry, tracking
+    from stockpot.ledger import registry, tracking
 
     sweep = tracking.read_sweep(sweep_id)
     found = {one.trial_id: one for one in tracking.find_ingredients(sweep)}

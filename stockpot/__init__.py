@@ -1,10 +1,12 @@
 """Stockpot, the library: snapshots and exact reading, the trial, the soup, the gate. Never imports Prefect.
 
-Rings, each importing only itself and what lies further in (`make check` enforces it):
+Rooms, each importing only what stands below it (`make check` enforces it):
 
-ring 0  errors, digests, config, sweeps, devices             pydantic only
-ring 1  soups, trainer, optimisation, augmentation, evaluation, statistics      torch, torchvision, timm
-ring 2  doors, one module per vendor: storage (s3fs), shards (webdataset), models (open_clip, timm),
-        tracking and registry (mlflow); snapshots and checkpoints go through storage
-ring 3  composition: inits (the shared start), trials (run one trial), souping (cook one sweep), releasing (register, gate)
+release     register, gate, promote, roll back, explain, prune
+soup        which ingredients may be averaged, the recipes, the comparison, the page
+training    the shared init and one trial, from its first step to its ingredient
+data        snapshots: published, verified, cached, read exactly
+
+doors       storage and s3 (bytes by address), models (open_clip, timm), checkpoints (safetensors), evaluation, ledger (MLflow)
+nouns       config, sweeps, outcomes, devices, digests, errors: pydantic only
 """

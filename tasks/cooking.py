@@ -9,7 +9,7 @@ from tasks.policies import TRANSIENT
 @task(name="cook", **TRANSIENT)
 def cook_soup(sweep_id: str) -> SoupReport:
     """Rank, average and score the ingredients of one sweep."""
-    from stockpot.souping import cook
+    from stockpot.soup.souping import cook
 
     return cook(sweep_id, flow_run_id=runtime.flow_run.id, say=get_run_logger().info)
 
@@ -17,7 +17,7 @@ def cook_soup(sweep_id: str) -> SoupReport:
 @task(name="register", **TRANSIENT)
 def register_soup(report: SoupReport) -> ModelVersion:
     """One version per soup, keyed by the digest of its weights."""
-    from stockpot.releasing import register
+    from stockpot.release.releasing import register
 
     return register(report)
 
@@ -25,8 +25,8 @@ def register_soup(report: SoupReport) -> ModelVersion:
 @task(name="gate", **TRANSIENT)
 def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
     """Champion against challenger; moves the alias and reads it back."""
-    from stockpot import tracking
-    from stockpot.releasing import gate
+    from stockpot.ledger import tracking
+    from stockpot.release.releasing import gate
 
     return gate(report, version, tracking.read_sweep(report.sweep_id).request.gate)
 
@@ -34,7 +34,7 @@ def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
 @task(name="fetch picture", **TRANSIENT)
 def fetch_picture(report: SoupReport) -> tuple[bytes, str]:
     """The soup's picture (PNG) and the address of its MLflow run, for the Prefect page."""
-    from stockpot import tracking
+    from stockpot.ledger import tracking
 
     return tracking.read_picture(report), tracking.run_page(report.mlflow_run_id, report.model)
 
@@ -42,6 +42,6 @@ def fetch_picture(report: SoupReport) -> tuple[bytes, str]:
 @task(name="read alias", **TRANSIENT)
 def read_alias(version: ModelVersion) -> ModelVersion:
     """The version with the alias it has now, which a later version may have taken."""
-    from stockpot import registry
+    from stockpot.ledger import registry
 
     return registry.read_version(version.model, version.version)

@@ -11,6 +11,6 @@ from stockpot.outcomes import Ingredient
 def finetune_trial(trial: Trial, attempt: int) -> Ingredient:
     """One trial from init to ingredient, holding one GPU if the node has any. Crashes are retried by the sweep, not here."""
     with claimed_gpu():
-        from stockpot.trials import run_trial
+        from stockpot.training.trials import run_trial
 
         return run_trial(trial, flow_run_id=runtime.flow_run.id, attempt=attempt, say=get_run_logger().info)

@@ -13,7 +13,7 @@ from tasks.policies import TRANSIENT, in_own_process
 @task(name="pin data", **TRANSIENT)
 def pin_data(request: RetrainRequest) -> PinnedData:
     """Every snapshot of the request by content: from here on nobody lists or globs."""
-    from stockpot.snapshots import pin
+    from stockpot.data.snapshots import pin
 
     data = request.data
     return PinnedData(
@@ -31,7 +31,7 @@ async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
 
 
 def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
-    from stockpot.inits import prepare
+    from stockpot.training.inits import prepare
 
     return prepare(request.base, request.init, data.snapshot, request.store)
 
@@ -39,7 +39,7 @@ def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
 @task(name="open sweep", **TRANSIENT)
 def open_sweep(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
     """Draw the trials and write the sweep into the ledger, where `soup` finds it by id."""
-    from stockpot import tracking
+    from stockpot.ledger import tracking
 
     sweep = plan(request, data, init)
     tracking.open_sweep(sweep, flow_run_id=runtime.flow_run.id)
@@ -49,7 +49,7 @@ def open_sweep(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
 @task(name="count ingredients", **TRANSIENT)
 def finished_trials(sweep: Sweep) -> dict[str, str]:
     """Trial id to held-out accuracy as text, of every trial of the sweep that has an ingredient in the ledger."""
-    from stockpot import tracking
+    from stockpot.ledger import tracking
 
     return {
         one.trial_id: f"{one.held_out.value:.4f} ({one.held_out.correct} of {one.held_out.seen})"
@@ -60,13 +60,13 @@ def finished_trials(sweep: Sweep) -> dict[str, str]:
 @task(name="close sweep", **TRANSIENT)
 def close_sweep(sweep: Sweep, status: Literal["FINISHED", "FAILED"], counts: dict[str, int]) -> None:
     """End the sweep's run in the ledger with its counts."""
-    from stockpot import tracking
+    from stockpot.ledger import tracking
 
     tracking.close_sweep(sweep.id, status, counts)
 
 
 def end_cancelled_sweep(sweep_id: str) -> None:
     """Say in the ledger that a sweep was cancelled. No task: it is called from a hook, outside any run."""
-    from stockpot import tracking
+    from stockpot.ledger import tracking
 
     tracking.close_sweep(sweep_id, "KILLED", {})

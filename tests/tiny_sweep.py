@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stockpot import tracking
 from stockpot.checkpoints import save_weights
 from stockpot.config import (
     BaseSpec,
@@ -25,16 +24,17 @@ from stockpot.config import (
     Sweep,
     SweepSpec,
 )
+from stockpot.data.publishing import GivenSamples, Sample, publish
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import open_snapshot
+from stockpot.data.splits import SplitSpec
 from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, features, logits
-from stockpot.inits import linear_probe
+from stockpot.ledger import tracking
 from stockpot.models import Classifier, ModelConfig, build, load_state
 from stockpot.outcomes import Ingredient
-from stockpot.publishing import GivenSamples, Sample, publish
-from stockpot.shards import pixels
-from stockpot.snapshots import open_snapshot
-from stockpot.splits import SplitSpec
 from stockpot.sweeps import plan
+from stockpot.training.inits import linear_probe
 
 CLASSES = ("red", "green", "blue")
 PREPROCESS = Preprocess(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -22,10 +22,10 @@ from deployments.demo import augment
 from stockpot import storage
 from stockpot.checkpoints import save_weights
 from stockpot.config import Preprocess
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import open_snapshot, pin
 from stockpot.evaluation import normalise
-from stockpot.optimisation import parameter_groups
-from stockpot.shards import pixels
-from stockpot.snapshots import open_snapshot, pin
+from stockpot.training.optimisation import parameter_groups
 
 STEPS, BATCH, WARMUP_STEPS, LEARNING_RATE, WEIGHT_DECAY = 200, 128, 40, 2e-3, 0.1
 WRONG, COARSE = 0.15, 0.5

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from deployments.demo.base import pretrain
 from deployments.demo.digits import publish_digits
-from stockpot import inits
 from stockpot.config import BaseSpec, InitSpec, Preprocess, SoupSpec, SweepSpec
+from stockpot.data.shards import Pixels, pixels
+from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.evaluation import accuracy, logits
 from stockpot.models import Classifier, ModelConfig, build, load_state
 from stockpot.outcomes import Accuracy
-from stockpot.shards import Pixels, pixels
-from stockpot.snapshots import Snapshot, open_snapshot, pin
-from stockpot.soups.examining import Verdict
-from stockpot.soups.greedy import greedy, members, ranked
+from stockpot.soup.recipes.examining import Verdict
+from stockpot.soup.recipes.greedy import greedy, members, ranked
 from stockpot.sweeps import draw
-from stockpot.trials import fine_tune
+from stockpot.training import inits
+from stockpot.training.trials import fine_tune
 
 SEEDS = (10, 11, 12, 13, 14, 15)
 SCHEDULES = {"constant": ["constant"], "mixed": ["constant", "cosine"], "cosine": ["cosine"]}

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from stockpot.config import Preprocess
-from stockpot.publishing import GivenSamples, Sample, publish
-from stockpot.splits import SplitSpec
+from stockpot.data.publishing import GivenSamples, Sample, publish
+from stockpot.data.splits import SplitSpec
 from stockpot.storage import join
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

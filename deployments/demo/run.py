@@ -139,7 +139,7 @@ def _child(module: str, *arguments: str) -> str:
 
 
 def _results(sweep_id: str) -> tuple[SoupReport, ModelVersion]:
-    from stockpot import registry, tracking
+    from stockpot.ledger import registry, tracking
 
     report = tracking.read_report(sweep_id)
     version = registry.find_version(report.model, report.soup_sha256) if report else None
@@ -177,12 +177,12 @@ def _stranger(version: ModelVersion, report: SoupReport, test: str, seed: int) -
 
 def _own_answers(version: ModelVersion, test: str) -> list[str]:
     """The soup's own label for every test image, through Stockpot's reader and model instead of the registered file's."""
-    from stockpot import registry
     from stockpot.checkpoints import load_weights
+    from stockpot.data.shards import pixels
+    from stockpot.data.snapshots import open_snapshot, pin
     from stockpot.evaluation import logits
+    from stockpot.ledger import registry
     from stockpot.models import ModelConfig, build, load_state
-    from stockpot.shards import pixels
-    from stockpot.snapshots import open_snapshot, pin
 
     with TemporaryDirectory(prefix="stockpot-demo-") as folder:
         files = registry.fetch_version(version, Path(folder))

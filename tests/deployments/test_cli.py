@@ -115,13 +115,13 @@ def test_the_ready_made_requests_are_valid():
 
 
 def test_json_is_one_document(stockpot, monkeypatch):
-    from stockpot import ledger, tracking
+    from stockpot.ledger import connection, tracking
     from stockpot.outcomes import SweepSummary
 
     row = SweepSummary(
         sweep_id="a", model="digits", mlflow_run_id="b", trials=8, finished=8, status="FINISHED", started="2026-01-01T00:00:00+00:00"
     )
-    monkeypatch.setattr(ledger, "check_server", lambda: None)
+    monkeypatch.setattr(connection, "check_server", lambda: None)
     monkeypatch.setattr(tracking, "list_sweeps", lambda: [row])
     code, out, _ = stockpot("status", "--json")
     assert code == 0

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.commands_data import app
+from stockpot.data.snapshots import open_snapshot, pin
 from stockpot.errors import StockpotError
-from stockpot.snapshots import open_snapshot, pin
 from tests.tiny_data import CLASSES, picture
 
 pytestmark = pytest.mark.usefixtures("node")

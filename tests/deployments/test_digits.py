@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from deployments.demo.digits import CLASSES, PREPROCESS, publish_digits
-from stockpot.shards import pixels
-from stockpot.snapshots import Snapshot, open_snapshot, pin
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from prefect.states import Cancelling
 
 from deployments.demo.digits import test_pictures as pictures
 from deployments.starting import start, watch_to_end
-from stockpot import registry, tracking
 from stockpot.errors import StockpotError
+from stockpot.ledger import registry, tracking
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 

@@ -1,0 +1,1 @@
+"""The data plane: snapshots published, verified, cached and read exactly."""

@@ -1,0 +1,105 @@
+"""Making one batch, in any process: samples are read by their place in verified shard files, decoded and augmented."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stockpot.config import Preprocess
+from stockpot.data.epochs import derive
+from stockpot.data.images import Augment, Undecodable, decode, eval_transform
+from stockpot.data.snapshots import Snapshot
+
+# B images of a batch, S side in pixels
+
+OPEN_FILES = 64
+"""Shard files a process keeps open."""
+
+
+class Wanted(NamedTuple):
+    """One batch to make."""
+
+    epoch: int
+    ids: NDArray[np.int64]
+
+
+class Made(NamedTuple):
+    """One batch made, and what it took."""
+
+    images: Tensor
+    """uint8 B3SS."""
+    labels: Tensor
+    """int64 B."""
+    counts: dict[str, int]
+    skipped: list[str]
+    """Shard, sample and reason of every unreadable one."""
+
+
+@dataclass
+class Maker(Dataset[Made]):
+    """Makes batches; it travels to loader workers as it is, without open files."""
+
+    snapshot: Snapshot
+    preprocess: Preprocess
+    augment: Augment | None
+    seed: int
+    _files: dict[int, int] = field(default_factory=dict)
+    _fetched: Counter[str] = field(default_factory=Counter)
+
+    def __getitem__(self, wanted: Wanted) -> Made:
+        return self.make(wanted)
+
+    def make(self, wanted: Wanted) -> Made:
+        """One batch from the node cache."""
+        rows = self.snapshot.index.rows[wanted.ids]
+        data = map(self._read, rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist())
+        return self.assemble(wanted, list(map(self.image, data, wanted.ids.tolist(), repeat(wanted.epoch))))
+
+    def image(self, data: bytes, sample: int, epoch: int) -> Tensor | str:
+        """The input uint8 3SS of one sample, or why there is none."""
+        try:
+            image = decode(data)
+        except Undecodable as reason:
+            return str(reason)
+        if self.augment is None:
+            return eval_transform(image, self.preprocess)
+        return self.augment(image, derive(self.seed, epoch, sample))
+
+    def assemble(self, wanted: Wanted, images: list[Tensor | str]) -> Made:
+        """A batch of what could be decoded."""
+        rows = self.snapshot.index.rows[wanted.ids]
+        good = [place for place, image in enumerate(images) if isinstance(image, Tensor)]
+        skipped = [self._where(wanted.ids[place], image) for place, image in enumerate(images) if isinstance(image, str)]
+        side = self.preprocess.size
+        batch = torch.stack([image for image in images if isinstance(image, Tensor)]) if good else torch.empty(0, 3, side, side).byte()
+        labels = torch.from_numpy(rows["label"][good].astype(np.int64))
+        counts = {"planned": len(images), "read": len(good), "skipped": len(skipped), **self._fetched}
+        self._fetched.clear()
+        return Made(batch, labels, counts, skipped)
+
+    def _where(self, sample: int, reason: str) -> str:
+        shard = self.snapshot.manifest.shards[int(self.snapshot.index.rows[sample]["shard"])].key
+        return f"shard {shard}, sample {self.snapshot.index.keys(sample, sample + 1)[0]!r} {reason}"
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        if shard not in self._files:
+            while len(self._files) >= OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            fetched = self.snapshot.fetch_shard(shard)
+            self._fetched.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)
+            self._files[shard] = os.open(fetched.path, os.O_RDONLY)
+        return os.pread(self._files[shard], size, offset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            os.close(file)

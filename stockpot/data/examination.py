@@ -1,0 +1,164 @@
+"""Looking at samples before they enter a snapshot: every problem is collected with its shard and sample, and reported at once."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from stockpot.data.images import Undecodable, decode
+from stockpot.errors import DataError
+
+UNREADABLE = "unreadable image"
+
+KEPT = 20
+"""Examples kept of each kind of problem; all are counted."""
+
+ROWS = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("shard", pa.int32()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("label", pa.int32()),
+        pa.field("digest", pa.binary(32)),
+        pa.field("group", pa.binary()),
+        pa.field("readable", pa.bool_()),
+    ]
+)
+"""What is known of a sample before the splits are drawn."""
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one sample or shard."""
+
+    kind: str
+    shard: str
+    sample: str
+    detail: str
+
+    def __str__(self) -> str:
+        place = f"shard {self.shard}" + (f", sample {self.sample!r}" if self.sample else "")
+        return f"{place}: {self.kind}, {self.detail}"
+
+
+class ProblemsFound(DataError):
+    """A source cannot become a snapshot; `problems` holds all of them."""
+
+    def __init__(self, message: str, problems: "Problems") -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+@dataclass
+class Problems:
+    """Everything found so far."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Members that are no part of a sample, by kind: said, but no problem."""
+
+    def add(self, kind: str, shard: str, sample: str, detail: str) -> None:
+        """Count one problem."""
+        self.counts[kind] += 1
+        if len(self.examples[kind]) < KEPT:
+            self.examples[kind].append(Problem(kind, shard, sample, detail))
+
+    def merge(self, other: "Problems") -> None:
+        """Add what was found in another shard."""
+        self.counts.update(other.counts)
+        self.ignored.update(other.ignored)
+        for kind, examples in other.examples.items():
+            self.examples[kind] = (self.examples[kind] + examples)[:KEPT]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; `Problems.from_plain` reads them back."""
+        return {"counts": self.counts, "examples": dict(self.examples), "ignored": self.ignored}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Problems":
+        """The inverse of `plain`."""
+        read = cls(Counter(plain["counts"]), ignored=Counter(plain["ignored"]))
+        read.examples.update({kind: [Problem(*example) for example in examples] for kind, examples in plain["examples"].items()})
+        return read
+
+    def add_duplicates(self, rows: pa.Table, shard_names: list[str]) -> None:
+        """Keys that occur more than once, anywhere in the dataset."""
+        grouped = rows.select(["key", "shard"]).group_by("key").aggregate([("shard", "min"), ("shard", "max"), ("key", "count")])
+        for row in grouped.filter(pc.greater(grouped["key_count"], 1)).to_pylist():
+            first, last = shard_names[row["shard_min"]], shard_names[row["shard_max"]]
+            self.add("duplicate key", first, row["key"], f"found {row['key_count']} times, the last in shard {last}; keys must be unique")
+
+    def raise_unless_within(self, skip_fraction: float, samples: int) -> int:
+        """Raise `ProblemsFound` for anything but unreadable images within the budget; returns their number."""
+        unreadable = self.counts[UNREADABLE]
+        total = sum(self.counts.values())
+        if total == unreadable and unreadable <= skip_fraction * samples:
+            return unreadable
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
+        first = next(example for kind, _ in self.counts.most_common() for example in self.examples[kind])
+        raise ProblemsFound(f"Found {total:,} problems in {samples:,} samples ({kinds}), needed 0. First: {first}.", self)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample whose picture lies at `offset` of a shard."""
+
+    key: str
+    offset: int
+    image: bytes
+    label: int
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Turns the samples of a shard into rows, noting what is wrong with them."""
+
+    classes: tuple[str, ...] | None
+    group_by: str = "pixels"
+
+    def rows(self, shard: int, name: str, candidates: list[Candidate], pool: ThreadPoolExecutor, problems: Problems) -> pa.Table:
+        """Rows of the shard at place `shard` of the manifest, in the given order. Pictures are decoded in the pool."""
+        digests = list(pool.map(_digest, (candidate.image for candidate in candidates)))
+        return pa.Table.from_pylist(
+            [self._row(shard, name, sample, seen, problems) for sample, seen in zip(candidates, digests, strict=True)], schema=ROWS
+        )
+
+    def _row(self, shard: int, name: str, sample: Candidate, seen: bytes | str, problems: Problems) -> dict[str, Any]:
+        if sample.label < 0 or (self.classes and sample.label >= len(self.classes)):
+            highest = len(self.classes) - 1 if self.classes else "the number of classes"
+            problems.add("label out of range", name, sample.key, f"label {sample.label} is outside 0..{highest}")
+        if isinstance(seen, str):
+            problems.add(UNREADABLE, name, sample.key, seen)
+        digest = hashlib.sha256(sample.image).digest() if isinstance(seen, str) else seen
+        return {
+            "key": sample.key, "shard": shard, "offset": sample.offset, "size": len(sample.image), "label": sample.label,
+            "digest": digest, "group": self._group(digest, sample, name, problems), "readable": not isinstance(seen, str),
+        }  # fmt: skip
+
+    def _group(self, digest: bytes, sample: Candidate, name: str, problems: Problems) -> bytes:
+        if self.group_by == "pixels":
+            return digest
+        if self.group_by not in sample.fields:
+            problems.add("missing group field", name, sample.key, f"its json has no `{self.group_by}`, which the splits are grouped by")
+        return str(sample.fields.get(self.group_by)).encode()
+
+
+def pixel_digest(pixels_3HW: NDArray[np.uint8]) -> bytes:
+    """sha256 of the decoded image and its shape: equal for the same picture in another file format."""
+    return hashlib.sha256(repr(pixels_3HW.shape).encode() + np.ascontiguousarray(pixels_3HW).tobytes()).digest()
+
+
+def _digest(image: bytes) -> bytes | str:
+    try:
+        return pixel_digest(decode(image).numpy())
+    except Undecodable as reason:
+        return str(reason)

@@ -1,0 +1,169 @@
+"""The end of every publication and registration: the rows of all shards become splits, index and manifest. And the records that make
+both resumable."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from stockpot import storage
+from stockpot.config import PinnedSnapshot
+from stockpot.data.examination import ROWS, Problems
+from stockpot.data.indexing import SCHEMA, write_parquet
+from stockpot.data.snapshots import IndexFile, Manifest, Shard, Snapshot, commit, open_snapshot
+from stockpot.data.splits import SPLITS, SplitRule, SplitSpec, assign, draw, point
+from stockpot.digests import file_digest
+from stockpot.errors import BadRequest, DataError
+
+
+class Finished(NamedTuple):
+    """One shard that is stored and examined."""
+
+    shard: Shard
+    rows: pa.Table
+    problems: Problems
+
+
+@dataclass(frozen=True)
+class Records:
+    """What an interrupted job had finished: one small parquet object a shard, under the dataset, removed at the end. None: keep none."""
+
+    root: str
+    job: str | None
+
+    @property
+    def prefix(self) -> str:
+        """Where they lie."""
+        return storage.join(self.root, f"publishing/{self.job}/")
+
+    def load(self) -> list[Finished]:
+        """Shards of an interrupted job of the same source, in order."""
+        finished = []
+        for number, record in enumerate(storage.list_prefix(self.prefix) if self.job else ()):
+            if not record.uri.endswith(f"/{number:06d}.parquet"):
+                break
+            rows = pq.read_table(pa.BufferReader(storage.read_bytes(record.uri)))
+            notes = json.loads(rows.schema.metadata[b"stockpot"])
+            shard = Shard.model_validate(notes["shard"])
+            finished.append(Finished(shard, rows.replace_schema_metadata(None).cast(ROWS), Problems.from_plain(notes["problems"])))
+        return finished
+
+    def save(self, number: int, one: Finished) -> None:
+        """Note one finished shard."""
+        if self.job:
+            notes = json.dumps({"shard": one.shard.model_dump(), "problems": one.problems.plain()}).encode()
+            sink = pa.BufferOutputStream()
+            pq.write_table(one.rows.replace_schema_metadata({b"stockpot": notes}), sink)
+            storage.write_bytes(storage.join(self.prefix, f"{number:06d}.parquet"), sink.getvalue().to_pybytes())
+
+    def forget(self) -> None:
+        """Remove the records of a job that is done."""
+        for record in storage.list_prefix(self.prefix) if self.job else ():
+            storage.remove(record.uri)
+
+
+def finish(
+    root: str,
+    name: str,
+    classes: tuple[str, ...] | None,
+    finished: list[Finished],
+    *,
+    folder: Path,
+    splits: SplitSpec | str,
+    extends: PinnedSnapshot | None = None,
+    skip_fraction: float = 0.0,
+    least_per_class: int = 1,
+) -> PinnedSnapshot:
+    """Draw the splits over all rows, check them, store the index and last the manifest. `classes` None: named by their numbers."""
+    rows = pa.concat_tables([one.rows for one in finished])
+    problems = Problems()
+    for one in finished:
+        problems.merge(one.problems)
+    problems.add_duplicates(rows, [one.shard.key for one in finished])
+    unreadable = problems.raise_unless_within(skip_fraction, rows.num_rows)
+    labels = rows["label"].to_numpy()
+    classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
+    codes, rule = _split(rows, splits, extends, classes)
+    _require_classes(labels, codes, classes, least_per_class)
+    index = folder / "index.parquet"
+    write_parquet(rows.append_column("split", pa.array(codes, pa.int8())).select(SCHEMA.names).cast(SCHEMA), index)
+    key = f"index/{file_digest(index)}.parquet"
+    if not storage.exists(storage.join(root, key)):
+        storage.upload(index, storage.join(root, key))
+    counts_SC = np.zeros((len(finished), len(SPLITS)), np.int64)
+    np.add.at(counts_SC, (rows["shard"].to_numpy(), codes), 1)
+    manifest = Manifest(
+        name=name,
+        classes=classes,
+        splits=_counts(counts_SC.sum(0)),
+        rule=rule,
+        unreadable=unreadable,
+        shards=tuple(one.shard.model_copy(update={"counts": _counts(row)}) for one, row in zip(finished, counts_SC, strict=True)),
+        index=IndexFile(key=key, size=index.stat().st_size, sha256=file_digest(index), samples=rows.num_rows),
+    )
+    return commit(root, manifest)
+
+
+def class_counts(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...]) -> dict[str, list[int]]:
+    """Samples of every class in every split that is there."""
+    return {
+        SPLITS[code]: np.bincount(labels_N[codes_N == code], minlength=len(classes)).tolist() for code in np.unique(codes_N)
+    }  # fmt: skip
+
+
+def _counts(row: NDArray[np.int64]) -> dict[str, int]:
+    return {split: int(count) for split, count in zip(SPLITS, row, strict=True) if count}
+
+
+def _split(
+    rows: pa.Table, splits: SplitSpec | str, extends: PinnedSnapshot | None, classes: tuple[str, ...]
+) -> tuple[NDArray[np.int8], SplitRule | None]:
+    if isinstance(splits, str):
+        if splits not in SPLITS:
+            raise BadRequest(f"There is no split `{splits}`; a whole snapshot is one of {', '.join(SPLITS)}.")
+        return np.full(rows.num_rows, SPLITS.index(splits), np.int8), None
+    old = _rule_of(extends, splits.group_by, classes) if extends else None
+    points = np.fromiter((point(group, old.salt if old else splits.salt) for group in rows["group"].to_pylist()), np.uint64, rows.num_rows)
+    rule = old or draw(points, splits)
+    codes = assign(points, rule)
+    codes[~rows["readable"].to_numpy()] = 0  # what cannot be read must not be needed by an evaluation
+    return codes, rule
+
+
+def _rule_of(extends: PinnedSnapshot, group_by: str, classes: tuple[str, ...]) -> SplitRule:
+    old = open_snapshot(extends).manifest
+    if old.rule is None or old.rule.group_by != group_by:
+        raise BadRequest(
+            f"{extends.uri} is grouped by {old.rule.group_by if old.rule else 'nothing (it is one split)'}, the new one by {group_by}: "
+            "extend it with the same grouping, or publish without extending."
+        )
+    if classes[: len(old.classes)] != old.classes:
+        raise BadRequest(f"{extends.uri} has the classes {old.classes[:3]}..., the new one {classes[:3]}...: keep the old order.")
+    return old.rule
+
+
+def _require_classes(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...], least: int) -> None:
+    for split, counts in class_counts(labels_N, codes_N, classes).items():
+        short_of = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < least]
+        if short_of:
+            raise DataError(
+                f"Split {split} has fewer than {least} samples of {len(short_of)} of {len(classes)} classes: {', '.join(short_of[:5])}. "
+                "Add samples, draw a larger share, or lower the least number per class."
+            )
+
+
+def thin_classes(snapshot: Snapshot, least: int = 5) -> list[str]:
+    """Sentences on classes with so few held_out or gate samples that their share of an accuracy says little."""
+    sentences = []
+    for split in set(snapshot.counts) - {"train"}:
+        start = snapshot.first(split)
+        counts = np.bincount(snapshot.index.rows["label"][start : start + snapshot.counts[split]], minlength=len(snapshot.classes))
+        thin = [f"{name} ({count})" for name, count in zip(snapshot.classes, counts, strict=True) if count < least]
+        if thin:
+            sentences.append(f"{split} has fewer than {least} samples of {len(thin)} classes, such as {', '.join(thin[:5])}")
+    return sorted(sentences)

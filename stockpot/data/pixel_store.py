@@ -1,0 +1,98 @@
+"""Evaluation input: every sample of a split once, preprocessed to uint8, memory-mapped, built once per node and shared by all trials."""
+
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torchvision
+from numpy.typing import NDArray
+
+from stockpot.config import Preprocess
+from stockpot.data.images import Undecodable, decode, eval_transform, transform_digest
+from stockpot.data.node_cache import NodeCache, locked
+from stockpot.data.snapshots import Snapshot
+from stockpot.digests import file_digest, short
+from stockpot.errors import SkipBudgetExceeded, SnapshotBroken
+
+# N samples of the split, S side in pixels
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A split, ready for the model."""
+
+    images: NDArray[np.uint8]
+    """Memory-mapped, read-only, N3SS; normalise on the device."""
+    labels: NDArray[np.int64]
+    keys: tuple[str, ...]
+    transform_digest: str
+
+
+def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
+    """Every sample of a split in index order, none skipped. Raises `SkipBudgetExceeded` naming the first unreadable one."""
+    start = snapshot.first(split)
+    rows = snapshot.index.rows[start : start + snapshot.counts[split]]
+    with NodeCache().hold(snapshot.digest, snapshot.contents):
+        folder = _folder(snapshot, split, preprocess, rows)
+        images = np.load(folder / "images.npy", mmap_mode="r")
+    keys = tuple(snapshot.index.keys(start, start + len(rows)))
+    if not len(images) == len(rows) == len(keys):
+        raise SnapshotBroken(f"{folder} holds {len(images):,} pictures of {split}, the manifest says {len(rows):,}; remove the folder.")
+    return Pixels(images, rows["label"].astype(np.int64), keys, transform_digest(preprocess))
+
+
+def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArray[np.void]) -> Path:
+    """The folder of this split on this node, built under a lock if need be."""
+    versions = [torchvision.__version__, PIL.__version__]
+    identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), versions])}"
+    cache = NodeCache()
+    folder = cache.root / "pixels" / identity
+    if _whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        if _whole(folder):
+            return folder
+        for stale in (folder, *folder.parent.glob(f"{identity}.*.part")):
+            shutil.rmtree(stale, ignore_errors=True)
+        cache.require_space(len(rows) * 3 * preprocess.size**2)
+        part = Path(tempfile.mkdtemp(prefix=f"{identity}.", suffix=".part", dir=folder.parent))
+        try:
+            _build(part / "images.npy", snapshot, preprocess, rows)
+            (part / "meta.json").write_text(json.dumps({"images_sha256": file_digest(part / "images.npy"), "samples": len(rows)}))
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray[np.void]) -> None:
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
+    bounds = np.flatnonzero(np.diff(rows["shard"], prepend=-1, append=-1))
+    cached = snapshot.fits()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start, stop in pairwise(bounds):
+            shard = int(rows["shard"][start])
+            data = np.memmap(snapshot.fetch_shard(shard).path, mode="r") if cached else snapshot.read_shard(shard)[0]
+            some = rows[start:stop]
+            places = zip(some["offset"].tolist(), some["size"].tolist(), strict=True)
+            encoded = (bytes(data[offset : offset + size]) for offset, size in places)
+            try:
+                for at, image in enumerate(pool.map(lambda one: eval_transform(decode(one), preprocess), encoded), int(start)):
+                    images[at] = image.numpy()
+            except Undecodable as reason:
+                raise SkipBudgetExceeded(
+                    f"A sample of shard {snapshot.manifest.shards[shard].key} {reason}; an evaluation allows none. Publish a new snapshot."
+                ) from reason
+    images.flush()
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "meta.json").exists()

@@ -1,0 +1,191 @@
+"""Reading a snapshot: `TrainReader` for training batches, `pixels` for evaluation. Exact, reproducible, and counted.
+
+A sample is read by its place in a verified shard file of the node cache (one `pread`), so no reader can lose or repeat one. Nothing
+here reads RANK, WORLD_SIZE, WDS_* or any other variable of the environment but the cache's and the store's own.
+"""
+
+import logging
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import repeat
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from stockpot.config import Preprocess
+from stockpot.data.batching import Made, Maker, Wanted
+from stockpot.data.epochs import EpochPlan
+from stockpot.data.images import Augment, decode, eval_transform, transform_digest
+from stockpot.data.node_cache import Fetched, NodeCache
+from stockpot.data.pixel_store import Pixels, pixels
+from stockpot.data.snapshots import Snapshot
+from stockpot.data.stopping import until_failure
+from stockpot.data.streaming import StreamedBytes
+from stockpot.errors import SkipBudgetExceeded
+
+__all__ = ["Augment", "Batch", "Pixels", "TrainReader", "decode", "eval_transform", "pixels", "transform_digest"]
+
+Reading = Literal["auto", "cached", "streamed"]
+
+logger = logging.getLogger(__name__)
+
+FETCHED_AT_ONCE = 4
+
+# B images of a batch, S side in pixels
+
+
+class Batch(NamedTuple):
+    """One step's images, as they left the loader: normalise on the device."""
+
+    images: Tensor
+    """uint8 B3SS."""
+    labels: Tensor
+    """int64 B."""
+
+
+class TrainReader:
+    """One split in batches, for training.
+
+    The order depends only on (snapshot, seed, epoch): not on `loader_workers` or `reading`, and `batches(epoch, skip=n)` goes on exactly
+    where n batches left off. `batch_size` is over all ranks; each of `world` ranks gets its share of every batch. `augment` gets the
+    decoded image and a seed derived from (seed, epoch, sample); None stands for the evaluation transform. `reading` is `cached` (shards on
+    this node's disk), `streamed` (nothing on disk), or `auto`: cached where the snapshot fits, said through `say`.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        *,
+        preprocess: Preprocess,
+        augment: Augment | None,
+        batch_size: int,
+        seed: int,
+        loader_workers: int = 0,
+        skip_fraction: float = 0.0,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+        split: str = "train",
+        reading: Reading = "auto",
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        counts = np.array([shard.counts.get(split, 0) for shard in snapshot.manifest.shards], np.int64)
+        self.plan = EpochPlan(snapshot.digest, counts, snapshot.first(split), seed, batch_size, rank, world, drop_last)
+        self.snapshot, self.loader_workers, self.skip_fraction = snapshot, loader_workers, skip_fraction
+        self.reading = choose_reading(snapshot, reading, say)
+        self.counters: Counter[str] = Counter(planned=0, read=0, skipped=0, bytes_from_storage=0, cache_hits=0, retries=0)
+        self.skipped: list[str] = []
+        self._maker = Maker(snapshot, preprocess, augment, seed)
+        self._schedule = _Schedule()
+        self._loader: DataLoader[Made] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch, the same on every rank."""
+        return self.plan.steps
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, without the first `skip`. Raises `SnapshotBroken`, or `SkipBudgetExceeded` naming a sample."""
+        allowed = int(self.skip_fraction * self.plan.planned)
+        skipped = 0
+        with closing(self._streamed(epoch, skip) if self.reading == "streamed" else self._cached(epoch, skip)) as source:
+            for made in source:
+                self.counters.update(made.counts)
+                self.skipped += made.skipped
+                skipped += len(made.skipped)
+                if skipped > allowed or not len(made.labels):
+                    raise SkipBudgetExceeded(
+                        f"{skipped:,} of {self.plan.planned:,} samples of epoch {epoch} are unreadable, {allowed:,} are allowed "
+                        f"(skip_fraction {self.skip_fraction:g}). First: {made.skipped[0]}. Repair it, or allow a fraction of train."
+                    )
+                yield Batch(made.images, made.labels)
+
+    def _cached(self, epoch: int, skip: int) -> Generator[Made, None, None]:
+        """From the node cache, which is filled in the order of need while batches are made."""
+        self.snapshot.index  # noqa: B018  fetched once, before anything else
+        with NodeCache().hold(self.snapshot.digest, self.snapshot.contents), self._filling(epoch) as settle:
+            self._schedule.plan, self._schedule.epoch, self._schedule.skip = self.plan, epoch, skip
+            for made in self._loaded() if self.loader_workers else map(self._maker.make, self._schedule):
+                settle(wait=False)
+                yield made
+            settle(wait=True)
+
+    @contextmanager
+    def _filling(self, epoch: int) -> Iterator[Callable[..., None]]:
+        """Fetch the epoch's shards in the background; `settle` counts what arrived and raises what failed."""
+        pending: deque[Future[Fetched]] = deque()
+        shards = list(self.plan.shards(epoch))
+        self.counters.update(cache_hits=sum(self.snapshot.is_cached(shard) for shard in shards))
+
+        def settle(*, wait: bool) -> None:
+            while pending and (wait or pending[0].done()):
+                fetched = pending.popleft().result()
+                self.counters.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)
+
+        with ThreadPoolExecutor(FETCHED_AT_ONCE, "stockpot-fill") as pool:
+            fetch = until_failure(self.snapshot.fetch_shard)
+            pending.extend(pool.submit(fetch, shard) for shard in shards)
+            try:
+                yield settle
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _loaded(self) -> Iterator[Made]:
+        if self._loader is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["stockpot.data.shards"])
+            self._loader = DataLoader(
+                self._maker,
+                batch_size=None,
+                sampler=self._schedule,
+                num_workers=self.loader_workers,
+                collate_fn=_as_it_is,
+                multiprocessing_context=context,
+                persistent_workers=True,
+                prefetch_factor=3,
+            )
+        yield from self._loader
+
+    def _streamed(self, epoch: int, skip: int) -> Generator[Made, None, None]:
+        """From storage; pictures are decoded by `loader_workers` threads of this process (decoding releases the interpreter lock)."""
+        stream = StreamedBytes(self.snapshot, self.plan, epoch, skip)
+        with stream.running(), ThreadPoolExecutor(max(1, self.loader_workers), "stockpot-decode") as pool:
+            for ids in self.plan.batches(epoch, skip):
+                data = [stream.read(sample) for sample in ids.tolist()]
+                yield self._maker.assemble(Wanted(epoch, ids), list(pool.map(self._maker.image, data, ids.tolist(), repeat(epoch))))
+                stream.done_with(int(ids[-1]))
+        self.counters.update(stream.counts)
+
+
+def choose_reading(snapshot: Snapshot, reading: Reading, say: Callable[[str], None]) -> Literal["cached", "streamed"]:
+    """`auto` becomes `cached`, unless what is missing of the snapshot does not fit on this node's disk."""
+    if reading != "auto":
+        return reading
+    if snapshot.fits():
+        return "cached"
+    say(
+        f"Snapshot {snapshot.digest[:12]} needs {snapshot.missing_bytes() / 1e9:.2f} GB more, {NodeCache().free() / 1e9:.2f} GB are free "
+        f"in {NodeCache().root}: its shards are streamed from storage, once every epoch."
+    )
+    return "streamed"
+
+
+class _Schedule(Sampler[Wanted]):
+    """What the loader asks its workers for; set before each epoch."""
+
+    plan: EpochPlan
+    epoch = 0
+    skip = 0
+
+    def __iter__(self) -> Iterator[Wanted]:
+        for ids in self.plan.batches(self.epoch, self.skip):
+            yield Wanted(self.epoch, ids)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made

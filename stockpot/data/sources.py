@@ -1,0 +1,136 @@
+"""Where a publication's samples come from: a folder of class folders, or WebDataset shards, local or on S3."""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from stockpot import storage
+from stockpot.data.examination import Problems
+from stockpot.data.publishing import Sample
+from stockpot.data.tars import IMAGES, read_shard
+from stockpot.digests import short
+from stockpot.errors import BadRequest, ObjectMissing
+from stockpot.storage import StoredObject
+
+READ_AHEAD = 16
+"""Pictures of a folder fetched at once."""
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """`SOURCE/<class>/.../<picture>`: one sample a picture, labelled by its first folder, in order of address."""
+
+    uri: str
+
+    @cached_property
+    def _pictures(self) -> list[StoredObject]:
+        storage.check(self.uri)
+        listed = [item for item in storage.list_prefix(f"{self.uri.rstrip('/')}/") if "/" in self._below(item)]
+        pictures = [item for item in listed if item.uri.rpartition(".")[2].lower() in IMAGES and not _hidden(self._below(item))]
+        if not pictures:
+            raise ObjectMissing(
+                f"There are no pictures in class folders under {self.uri} ({len(listed):,} other files); check the address."
+            )
+        return pictures
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Folder names, sorted."""
+        return tuple(sorted({self._below(item).split("/")[0] for item in self._pictures}))
+
+    @property
+    def identity(self) -> str:
+        """Changes when a file is added, removed or replaced."""
+        return short([[item.uri, item.size, item.etag] for item in self._pictures])
+
+    @property
+    def total(self) -> int:
+        """Pictures."""
+        return len(self._pictures)
+
+    def samples(self, start: int) -> Iterator[Sample]:
+        """The samples after the first `start`."""
+        labels = {name: label for label, name in enumerate(self.classes)}
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            rest = iter(self._pictures[start:])
+            while batch := list(islice(rest, READ_AHEAD)):
+                for item, data in zip(batch, pool.map(lambda item: storage.read_bytes(item.uri), batch), strict=True):
+                    below = self._below(item)
+                    yield Sample(safe_key(below), data, labels[below.split("/")[0]], below.rpartition(".")[2].lower())
+
+    def _below(self, item: StoredObject) -> str:
+        return item.uri[len(self.uri.rstrip("/")) + 1 :]
+
+
+@dataclass(frozen=True)
+class ExistingShards:
+    """The samples of WebDataset tars under a prefix, packed anew. Each tar is read strictly: a flaw in one stops the publication."""
+
+    uri: str
+    classes: tuple[str, ...]
+    total: int | None = None
+
+    @cached_property
+    def shards(self) -> list[StoredObject]:
+        """The tars, in order of address."""
+        return list_shards(self.uri)
+
+    @property
+    def identity(self) -> str:
+        """Changes when a shard is added, removed or replaced."""
+        return short([[item.uri, item.size, item.etag] for item in self.shards])
+
+    def samples(self, start: int) -> Iterator[Sample]:
+        """The samples after the first `start`. Raises `ProblemsFound` with all problems of the first flawed shard."""
+        passed = 0
+        with tempfile.TemporaryDirectory(prefix="stockpot-source-") as folder:
+            for item in self.shards:
+                path = Path(folder) / "shard.tar"
+                storage.download(item.uri, path)
+                problems = Problems()
+                found = read_shard(path, item.uri, self.classes, problems)
+                problems.raise_unless_within(0, len(found))
+                with path.open("rb") as file:
+                    for sample in found[max(0, start - passed) :]:
+                        file.seek(sample.place.offset)
+                        yield Sample(sample.key, file.read(sample.place.size), sample.label, sample.extension, sample.fields)
+                passed += len(found)
+
+
+def list_shards(uri: str) -> list[StoredObject]:
+    """The tars under a prefix, or the one tar. Raises `ObjectMissing` with the number of objects that were listed."""
+    if not uri.endswith(".tar"):
+        uri = f"{uri.rstrip('/')}/"
+    storage.check(uri)
+    listed = storage.list_prefix(uri)
+    shards = [item for item in listed if item.uri.endswith(".tar")]
+    if not shards:
+        raise ObjectMissing(f"There are no .tar objects under {uri} ({len(listed):,} other objects); check the spelling of the prefix.")
+    return shards
+
+
+def read_classes(uri: str) -> tuple[str, ...]:
+    """Class names from a text file, one a line, the first is label 0."""
+    names = tuple(line.strip() for line in storage.read_bytes(uri).decode().splitlines() if line.strip())
+    if len(set(names)) != len(names) or not names:
+        raise BadRequest(f"{uri} holds {len(names)} class names, {len(set(names))} of them different; write each once, one a line.")
+    return names
+
+
+def safe_key(path: str) -> str:
+    """A WebDataset key for a file: without dots, and as different as the paths are."""
+    stem, _, extension = path.rpartition(".")
+    plain = re.sub(r"[^A-Za-z0-9_/-]", "_", f"{stem}-{extension}")
+    if plain == f"{stem}-{extension}" and len(plain) < 80:
+        return plain
+    return f"{plain[:70]}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))

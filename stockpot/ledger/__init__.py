@@ -1,0 +1,1 @@
+"""The door to MLflow: trials and sweeps logged, ingredients found, versions registered."""

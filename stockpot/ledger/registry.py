@@ -1,0 +1,229 @@
+"""The model registry, on MLflow: a soup becomes a LoggedModel (files of `served_model`), then one version, then an alias may point at it.
+
+MLflow's registry has neither idempotency nor compare-and-set. Here a version is known by the tag `stockpot.soup_sha256`, two writers at
+once agree on the lowest version number, and every alias is read back. Its search returns no aliases (3.17.2): they are asked for by name.
+"""
+
+import json
+import shutil
+import warnings
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow.pyfunc
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput
+from mlflow.exceptions import RestException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from stockpot.digests import file_digest
+from stockpot.errors import RegistryError
+from stockpot.ledger.connection import address, asking, client, experiment
+from stockpot.outcomes import GateDecision, ModelVersion
+
+ALIASES = ("champion", "challenger", "previous")
+SERVED_WITH = ("mlflow", "torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pandas", "pillow")
+
+
+def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Path) -> str:
+    """Store a soup (`folder` holds `model.safetensors` and `model.json`) as a LoggedModel of its run, once. Returns its id."""
+    with asking():
+        home = experiment(model)
+        found = client().search_logged_models([home], f"tags.`stockpot.stored_soup` = '{soup_sha256}'")
+        if found:
+            return str(found[0].model_id)
+        tags = {"stockpot.soup_sha256": soup_sha256}
+        made = client().create_logged_model(home, f"soup-{soup_sha256[:12]}", mlflow_run_id, tags=tags, model_type="stockpot.soup")
+        with TemporaryDirectory(prefix="stockpot-package-") as scratch:
+            client().log_model_artifacts(made.model_id, str(_package(Path(scratch), folder, made.model_id, mlflow_run_id)))
+        client().finalize_logged_model(made.model_id, "READY")
+        client().log_outputs(mlflow_run_id, [LoggedModelOutput(made.model_id, 0)])
+        client().set_logged_model_tags(made.model_id, {"stockpot.stored_soup": soup_sha256})
+        return str(made.model_id)
+
+
+def register_once(model: str, model_id: str, soup_sha256: str, mlflow_run_id: str, tags: dict[str, str], description: str) -> ModelVersion:
+    """The version with these weights, created when there is none. Two writers at once both get the lowest one; the other is deleted."""
+    if found := find_version(model, soup_sha256):
+        return found
+    with asking():
+        _create_model(model)
+        tags = {**tags, "stockpot.soup_sha256": soup_sha256}
+        made = client().create_model_version(
+            model, f"models:/{model_id}", mlflow_run_id, tags=tags, description=description, model_id=model_id
+        )
+        lowest = min(_versions(model, soup_sha256))
+        if int(made.version) != lowest:
+            client().delete_model_version(model, made.version)
+    return ModelVersion(model=model, version=lowest, soup_sha256=soup_sha256)
+
+
+def find_version(model: str, soup_sha256: str) -> ModelVersion | None:
+    """The version made of these weights, with its alias; None when it was never registered."""
+    with asking():
+        found = _versions(model, soup_sha256)
+    return read_version(model, min(found)) if found else None
+
+
+def read_version(model: str, number: int) -> ModelVersion:
+    """One version with the alias it has now, champion first. Raises `RegistryError` when there is none."""
+    with asking():
+        try:
+            found = client().get_model_version(model, str(number))
+        except RestException as error:
+            raise RegistryError(f"The registry has no version {number} of {model}; `stockpot status` shows what was registered.") from error
+    alias = next((name for name in ALIASES if alias_version(model, name) == number), None)
+    return ModelVersion(model=model, version=number, alias=alias, soup_sha256=found.tags.get("stockpot.soup_sha256", ""))
+
+
+def resolve(name: str) -> ModelVersion:
+    """The version a person means by `digits` (its champion), `digits@previous` or `digits/3`. Raises `RegistryError`."""
+    model, _, number = name.partition("/")
+    if number:
+        if not number.isdigit():
+            raise RegistryError(f"`{name}` names no version; write the model, model@alias, or model/number, such as {model}/3.")
+        return read_version(model, int(number))
+    model, _, alias = name.partition("@")
+    found = alias_version(model, alias or "champion")
+    if found is None:
+        raise RegistryError(
+            f"{model} has no {alias or 'champion'} in the registry at {address()}; register one with `stockpot soup SWEEP`."
+        )
+    return read_version(model, found)
+
+
+def version_sources(model: str) -> set[str]:
+    """The LoggedModels that hold the bytes of any version: by its source, because its `model_id` comes back empty over REST."""
+    with asking():
+        return {found.source.removeprefix("models:/") for found in client().search_model_versions(f"name = '{model}'")}
+
+
+def fetch_version(version: ModelVersion, folder: Path) -> Path:
+    """Download a version's model and return the folder of its weights. Raises `RegistryError` when they are not the registered ones."""
+    with asking():
+        client()
+        source = f"models:/{version.model}/{version.version}"
+        download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=address(), registry_uri=address())
+    weights = next(folder.glob("artifacts/*/model.safetensors"), None)
+    if weights is None:
+        raise RegistryError(
+            f"Version {version.version} of {version.model} has no files left; register its soup again (`stockpot soup SWEEP`)."
+        )
+    if (found := file_digest(weights)) != version.soup_sha256:
+        raise RegistryError(
+            f"Version {version.version} of {version.model} holds weights with sha256 {found[:12]}, not the registered "
+            f"{version.soup_sha256[:12]}; its files were changed: delete the version and register the soup again."
+        )
+    return weights.parent
+
+
+def alias_version(model: str, alias: str) -> int | None:
+    """The version an alias points at; None when it points nowhere."""
+    with asking():
+        try:
+            return int(client().get_model_version_by_alias(model, alias).version)
+        except RestException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+
+def set_alias(model: str, alias: str, number: int | None) -> None:
+    """Point an alias at a version, or nowhere, and read it back. Raises `RegistryError` when another writer won."""
+    with asking():
+        if number is not None:
+            client().set_registered_model_alias(model, alias, str(number))
+        elif alias_version(model, alias) is not None:
+            client().delete_registered_model_alias(model, alias)
+    if (now := alias_version(model, alias)) != number:
+        raise RegistryError(f"Alias {alias} of {model} was set to {number} and reads {now}: another writer moved it; run the gate again.")
+
+
+def write_tag(version: ModelVersion, name: str, value: str) -> None:
+    """Set one tag of a version; a value holds up to 100,000 characters."""
+    with asking():
+        client().set_model_version_tag(version.model, str(version.version), name, value)
+
+
+def read_tags(version: ModelVersion) -> dict[str, str]:
+    """All tags of a version."""
+    with asking():
+        return dict(client().get_model_version(version.model, str(version.version)).tags)
+
+
+def read_decision(version: ModelVersion) -> GateDecision | None:
+    """What the gate decided about a version; None when it has not been judged."""
+    text = read_tags(version).get("stockpot.decision")
+    return GateDecision.model_validate_json(text) if text else None
+
+
+def note_change(model: str, before: int | None, after: int, why: str) -> None:
+    """Add one line to the history of champions, a tag of the registered model: MLflow keeps none."""
+    with asking():
+        history = read_history(model)
+        history.append({"when": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "after": after, "why": why[:500]})
+        client().set_registered_model_tag(model, "stockpot.history", json.dumps(history[-100:]))
+
+
+def read_history(model: str) -> list[dict[str, Any]]:
+    """The last 100 changes of champion, oldest first: when, before, after, why."""
+    with asking():
+        history: list[dict[str, Any]] = json.loads(client().get_registered_model(model).tags.get("stockpot.history", "[]"))
+        return history
+
+
+def load(name: str) -> Any:
+    """`digits@champion` or `digits/3`, as a consumer loads it: `.predict([{"image": bytes}, ...])` gives a label and a probability each."""
+    with asking():
+        client()
+        mlflow.set_tracking_uri(address())
+        mlflow.set_registry_uri(address())
+        try:
+            return mlflow.pyfunc.load_model(f"models:/{name}")
+        except RestException as error:
+            raise RegistryError(f"The registry at {address()} has no {name}; `stockpot status` shows what was registered.") from error
+
+
+def signature() -> ModelSignature:
+    """One binary column `image` in; a label and its probability out."""
+    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")])
+    return ModelSignature(inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=outputs)
+
+
+def requirements() -> list[str]:
+    """What the served file imports, pinned to what is installed here (without a build's local suffix)."""
+    return [f"{name}=={installed(name).partition('+')[0]}" for name in SERVED_WITH]
+
+
+def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str) -> Path:
+    """The MLflow model directory. MLmodel records where its code came from, so the file is copied to a neutral place first."""
+    code = scratch / "served_model.py"
+    shutil.copyfile(Path(__file__).with_name("served_model.py"), code)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example.*")  # an image in every version, for a schema that is written above
+        mlflow.pyfunc.save_model(
+            str(scratch / "model"),
+            python_model=str(code),
+            artifacts={"soup": str(folder)},
+            mlflow_model=Model(model_id=model_id, run_id=mlflow_run_id),
+            signature=signature(),
+            pip_requirements=requirements(),
+        )
+    return scratch / "model"
+
+
+def _create_model(model: str) -> None:
+    try:
+        client().create_registered_model(model, description="Soups cooked by Stockpot; load `champion`.")
+    except RestException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _versions(model: str, soup_sha256: str) -> list[int]:
+    condition = f"name = '{model}' and tags.`stockpot.soup_sha256` = '{soup_sha256}'"
+    return [int(found.version) for found in client().search_model_versions(condition)]

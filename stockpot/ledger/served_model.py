@@ -1,0 +1,149 @@
+"""The registered model, as MLflow runs it: this one file, `model.safetensors` and `model.json`. No pickle, nothing of Stockpot.
+
+It is executed in whatever process calls `mlflow.pyfunc.load_model`, so it imports only what the model's pinned requirements name.
+Decoding and preprocessing repeat `stockpot.data.images` rule by rule; a test holds the two together. Anything that is no real image is
+refused.
+"""
+
+import base64
+import binascii
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.pyfunc import PythonModel
+from open_clip.model import _build_vision_tower
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as pictures
+
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 64 * 10**6
+BATCH = 256
+
+# B images, S side in pixels, C classes
+
+
+class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
+    """Image bytes in, the most likely class and its probability out."""
+
+    def load_context(self, context: Any) -> None:
+        """Build the classifier and load its weights, on a GPU where there is one."""
+        folder = Path(context.artifacts["soup"])
+        config = json.loads((folder / "model.json").read_text())
+        self.classes: list[str] = config["classes"]
+        self.preprocess: dict[str, Any] = config["preprocess"]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = build(config)
+        self.model.load_state_dict(read_weights(folder / "model.safetensors"))
+        self.model.to(self.device).eval()
+
+    def predict(self, context, model_input):  # type: ignore[no-untyped-def]  # noqa: ARG002  (mlflow reads hints as a schema)
+        """One `{"label", "probability"}` per image. Column `image`: encoded bytes, or their base64. Raises ValueError for anything else."""
+        images = [image(value, row) for row, value in enumerate(column(model_input))]
+        rows = []
+        for start in range(0, len(images), BATCH):
+            pixels_B3SS = torch.stack([self._transformed(one) for one in images[start : start + BATCH]])
+            rows.append(self.logits(pixels_B3SS).softmax(dim=1))
+        probabilities, labels = torch.cat(rows).max(dim=1)
+        return [{"label": self.classes[i], "probability": p} for i, p in zip(labels.tolist(), probabilities.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def logits(self, pixels_B3SS: Tensor) -> Tensor:
+        """uint8 preprocessed pixels to float32 logits (B, C) on the CPU."""
+        mean = torch.tensor(self.preprocess["mean"], device=self.device).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.preprocess["std"], device=self.device).view(1, 3, 1, 1) * 255
+        logits_BC: Tensor = self.model((pixels_B3SS.to(self.device).float() - mean) / std)
+        return logits_BC.float().cpu()
+
+    def _transformed(self, image_3HW: Tensor) -> Tensor:
+        side: int = self.preprocess["size"]
+        squash = self.preprocess["resize_mode"] == "squash"
+        mode = InterpolationMode.BICUBIC if self.preprocess["interpolation"] == "bicubic" else InterpolationMode.BILINEAR
+        if list(image_3HW.shape[-2:]) != [side, side]:
+            image_3HW = pictures.resize(image_3HW, [side, side] if squash else [side], interpolation=mode, antialias=True)
+        return image_3HW if squash else pictures.center_crop(image_3HW, [side, side])
+
+
+class Classifier(nn.Module):
+    """Image tower, L2-normalised features, linear head."""
+
+    def __init__(self, body: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        logits_BC: Tensor = self.head(functional.normalize(self.body(images_B3SS), dim=-1))
+        return logits_BC
+
+
+def build(config: dict[str, Any]) -> Classifier:
+    """The architecture in `model.json`, with random weights."""
+    if config["kind"] != "open_clip":
+        raise ValueError(f"this model file builds open_clip classifiers, model.json says {config['kind']!r}")
+    arch = config["arch"]
+    body = _build_vision_tower(arch["embed_dim"], dict(arch["vision_cfg"]), arch.get("quick_gelu", False))
+    return Classifier(body, arch["embed_dim"], len(config["classes"]))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict; names tied on saving share one tensor again."""
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        header = file.metadata() or {}
+    for name, first in json.loads(header.get("stockpot", '{"tied": {}}'))["tied"].items():
+        state[name] = state[first]
+    return state
+
+
+def column(model_input: Any) -> list[Any]:
+    """The `image` column of a DataFrame, or of a list of dictionaries."""
+    rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else model_input
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and set(row) == {"image"} for row in rows):
+        raise ValueError("needed: at least one row with one column `image` holding an encoded image (bytes, or base64 text)")
+    return [row["image"] for row in rows]
+
+
+def image(value: Any, row: int) -> Tensor:
+    """Encoded bytes, or base64 of them, to uint8 RGB (3, H, W). Raises ValueError naming the row and what was found."""
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"row {row}: the text is not base64 ({error}); needed: base64 of a PNG, JPEG or other image file") from error
+    if not isinstance(value, bytes):
+        raise ValueError(f"row {row}: found {type(value).__name__}; needed: the bytes of a PNG, JPEG or other image file, or their base64")
+    if not 0 < len(value) <= MAX_BYTES:
+        raise ValueError(f"row {row}: found {len(value):,} bytes; needed: an image file of 1 to {MAX_BYTES:,} bytes")
+    try:
+        with Image.open(io.BytesIO(value)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are taken")
+            return _decode(value, picture)
+    except (RuntimeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"row {row}: not a readable image ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+
+
+def _decode(data: bytes, picture: Image.Image) -> Tensor:
+    """JPEG of one or three components by torchvision, everything else by Pillow: the rules of `stockpot.data.images`."""
+    if data[:2] == b"\xff\xd8" and picture.mode in ("L", "RGB"):
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels_3HW: Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        return pixels_3HW
+    picture.load()
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255 instead of scaling
+        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+mlflow.models.set_model(Soup())

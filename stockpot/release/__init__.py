@@ -1,0 +1,1 @@
+"""From a soup to an alias: the gate, promotion, explanation, retention."""

@@ -1,0 +1,110 @@
+"""A registered version, told to a person, and rebuilt from its ingredients: `stockpot explain` and `stockpot reproduce`."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from stockpot.checkpoints import save_weights
+from stockpot.errors import RegistryError
+from stockpot.ledger import registry, tracking
+from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
+from stockpot.soup import card
+from stockpot.soup.recipes.averaging import average
+from stockpot.soup.recipes.weights import Weights, open_weights
+
+
+def explain(name: str) -> str:
+    """Where a version comes from, what was decided on the way, and how to act on it. Raises `RegistryError`, `SweepMissing`.
+
+    name: `digits` (its champion), `digits@previous` or `digits/3`.
+    """
+    version = registry.resolve(name)
+    report = read_report(version)
+    parts = [
+        f"{version.model} version {version.version}{f' is {version.alias}' if version.alias else ' has no alias'}.",
+        card.verdict(report),
+        _made_of(report),
+        _near_misses(report),
+        _gate(registry.read_decision(version)),
+        _history(version),
+        f"Weights: sha256 {version.soup_sha256}. Rebuild and compare them with `stockpot reproduce {version.model}/{version.version}`.",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def reproduce(name: str) -> ModelVersion:
+    """Average the version's ingredients again, from the ledger, and compare the sha256 of the result with the registered one.
+
+    Returns the version when they are equal. Raises `RegistryError` when they are not, and `IngredientMismatch` for a changed ingredient.
+    """
+    version = registry.resolve(name)
+    report = read_report(version)
+    with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
+        folder = Path(scratch)
+        files = [_fetch(version, trial, folder / str(place)) for place, trial in enumerate(sorted(report.ingredients))]
+        try:
+            found = save_weights(folder / "soup.safetensors", average(files))
+        finally:
+            for file in files:
+                file.close()
+        registry.fetch_version(version, folder / "registered")
+    if found != version.soup_sha256:
+        raise RegistryError(
+            f"The {len(files)} ingredients of {version.model} version {version.version} average to sha256 {found[:12]}, registered were "
+            f"{version.soup_sha256[:12]}; the record and the weights disagree: cook the sweep again (`stockpot soup {report.sweep_id}`)."
+        )
+    return version
+
+
+def read_report(version: ModelVersion) -> SoupReport:
+    """The report a version was registered from. Raises `RegistryError` for a version Stockpot did not make."""
+    sweep_id = registry.read_tags(version).get("stockpot.sweep")
+    report = tracking.read_report(sweep_id) if sweep_id else None
+    if report is None or report.soup_sha256 != version.soup_sha256:
+        raise RegistryError(
+            f"{version.model} version {version.version} has no soup report in the ledger; it was not made by Stockpot's `soup`."
+        )
+    return report
+
+
+def _fetch(version: ModelVersion, trial: str, folder: Path) -> Weights:
+    ingredient = tracking.find_ingredient(version.model, trial)
+    if ingredient is None:
+        raise RegistryError(
+            f"Ingredient {trial} of {version.model} version {version.version} is no longer in the ledger; it may have been pruned."
+        )
+    return open_weights(tracking.fetch_ingredient(ingredient, folder) / "model.safetensors")
+
+
+def _made_of(report: SoupReport) -> str:
+    by_id = {point.trial_id: point for point in report.trials}
+    lines = [f"Recipe {report.recipe}, sweep {report.sweep_id}, from init {report.init_digest[:12]}:"]
+    for trial in report.ingredients:
+        score = by_id[trial].scores.held_out
+        lines.append(
+            f"  trial {by_id[trial].index:3d}  {trial}  held_out {100 * score.value:.2f} % ({score.correct} of {score.seen}) on its own"
+        )
+    left_out = len(report.trials) - len(set(report.ingredients))
+    return "\n".join([*lines, f"  left out by the recipe: {left_out}; unfit: {len(report.excluded)}"])
+
+
+def _near_misses(report: SoupReport) -> str:
+    """Candidates that lacked at most three right answers: greedy can miss a better soup by that little."""
+    missed = [
+        step for step in report.steps if not step.kept and step.exact and step.before and step.before.correct - step.after.correct <= 3
+    ]
+    if not missed or report.recipe != "greedy":
+        return ""
+    told = [f"{step.trial_id} ({step.after.correct} right answers, {step.before.correct} before it)" for step in missed if step.before]
+    return f"Near misses, left out by at most three answers: {', '.join(told)}."
+
+
+def _gate(decision: GateDecision | None) -> str:
+    return f"Gate: {decision.reason}" if decision else "Gate: not judged yet."
+
+
+def _history(version: ModelVersion) -> str:
+    lines = [
+        f"  {one['when']}  {one['before']} -> {one['after']}  {one['why'].split('(')[0].strip()}"
+        for one in registry.read_history(version.model)
+    ]
+    return "\n".join(["Champions so far:", *lines[-5:]]) if lines else ""

@@ -1,0 +1,1 @@
+"""The soup: which ingredients may be averaged, the recipes, and the page that shows them."""

@@ -1,0 +1,102 @@
+"""What the shipped soup is compared with, when the request asks: other recipes, ensembles, the line to the init, and how the pool lies
+around it.
+
+Nothing here ships and nothing here is selected on. Each name is one of `SoupSpec.compare`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stockpot.checkpoints import save_weights
+from stockpot.config import Init, SoupSpec
+from stockpot.evaluation import accuracy
+from stockpot.outcomes import Accuracy, AlphaPoint, Scores
+from stockpot.soup.kitchen import Dish, Kitchen
+from stockpot.soup.recipes.averaging import average
+from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
+from stockpot.soup.recipes.geometry import angles, gram
+from stockpot.soup.recipes.interpolation import ALPHAS, coefficients
+from stockpot.soup.recipes.model_stock import model_stock
+from stockpot.soup.recipes.pruned import pruned
+from stockpot.soup.recipes.weights import Weights, open_weights
+from stockpot.training import inits
+
+Recipes = Mapping[str, Sequence[str]]
+"""`best_single`, `uniform` and `greedy` to their trials."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was asked for, empty where it was not."""
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    alphas: dict[str, tuple[AlphaPoint, ...]] = field(default_factory=dict)
+    angles: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, folder: Path) -> Comparison:
+    """Make and score everything in `spec.compare`. The init's weights are put into `folder`."""
+    save_weights(folder / "init.safetensors", inits.fetch(init)[1])
+    start = open_weights(folder / "init.safetensors")
+    make: dict[str, Callable[[], Scores]] = {
+        "pruned": lambda: _pruned(kitchen),
+        "model_stock": lambda: kitchen.scores(_model_stock(kitchen, init, start)),
+        "ensemble": lambda: _ensemble(kitchen, tuple(kitchen.pool.candidates)),
+        "greedy_ensemble": lambda: _ensemble(kitchen, _ensemble_members(kitchen, spec)),
+    }
+    try:
+        return Comparison(
+            {name: make[name]() for name in spec.compare if name in make},
+            {name: _line(kitchen, init, start, trials) for name, trials in recipes.items()} if "wise_ft" in spec.compare else {},
+            _angles(kitchen, start) if "angles" in spec.compare else {},
+        )
+    finally:
+        start.close()
+
+
+def _pruned(kitchen: Kitchen) -> Scores:
+    held_out = {trial: one.ingredient.held_out for trial, one in kitchen.pool.candidates.items()}
+    stay = pruned(held_out, lambda trials: kitchen.accuracy(kitchen.soup(trials), "held_out"))
+    return kitchen.scores(kitchen.soup(stay))
+
+
+def _model_stock(kitchen: Kitchen, init: Init, start: Weights) -> Dish:
+    chosen = sorted(kitchen.pool.candidates.values(), key=lambda one: one.ingredient.weights_sha256)
+    identity = ("model_stock", init.digest, *[one.ingredient.weights_sha256 for one in chosen])
+    return Dish(identity, lambda: model_stock(start, [one.weights for one in chosen]))
+
+
+def _ensemble_members(kitchen: Kitchen, spec: SoupSpec) -> tuple[str, ...]:
+    own = {trial: one.logits for trial, one in kitchen.pool.candidates.items()}
+    return greedy_ensemble(own, torch.as_tensor(kitchen.splits["held_out"].labels), spec.accept)
+
+
+def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Scores:
+    def score(split: str) -> Accuracy:
+        own: dict[str, Tensor] = {trial: kitchen.logits(kitchen.soup([trial]), split) for trial in trials}
+        return accuracy(ensemble(own, list(trials)), kitchen.splits[split].labels)
+
+    return kitchen.scores_by(score)
+
+
+def _line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str]) -> tuple[AlphaPoint, ...]:
+    files = [start, *[kitchen.pool.candidates[trial].weights for trial in sorted(trials)]]
+    contents = [init.digest, *[kitchen.pool.candidates[trial].ingredient.weights_sha256 for trial in sorted(trials)]]
+
+    def dish(alpha: float) -> Dish:
+        shares = coefficients(len(trials), alpha)
+        return Dish(
+            tuple(f"{share:.12g}*{content}" for share, content in zip(shares, contents, strict=True)), lambda: average(files, shares)
+        )
+
+    return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(dish(alpha))) for alpha in ALPHAS)
+
+
+def _angles(kitchen: Kitchen, start: Weights) -> dict[str, tuple[float, ...]]:
+    pool = kitchen.pool.candidates
+    rows = angles(gram(start, [one.weights for one in pool.values()]))
+    return {trial: tuple(round(angle, 2) for angle in row) for trial, row in zip(pool, rows, strict=True)}

@@ -1,0 +1,69 @@
+"""The greedy soup (Wortsman et al. 2022, arXiv:2203.05482, recipe 1): visit ingredients from the best to the worst, keep one when the soup
+with it is better on held_out. Every decision is an integer comparison and is recorded.
+
+Order: held-out correct answers, most first; ties by trial id, smallest first. (The reference code visits ties in reverse input order,
+and keeps on strict improvement; the paper's text allows a tie. Here strict is the default, a tie is `accept="not_worse"`.)
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from stockpot.outcomes import Accuracy, GreedyStep
+from stockpot.soup.recipes.examining import Verdict
+
+Accept = Literal["improve", "not_worse"]
+Score = Callable[[Sequence[str], int], Verdict]
+"""(trial ids of a candidate, the newest last; correct answers it needs) -> what was found."""
+
+
+def ranked(held_out: Mapping[str, Accuracy]) -> list[str]:
+    """Trial ids in the order greedy visits them."""
+    return sorted(held_out, key=lambda trial: (-held_out[trial].correct, trial))
+
+
+def shuffled(held_out: Mapping[str, Accuracy], seed: int) -> list[str]:
+    """The best ingredient first, the others in a random order: shows how much the order matters."""
+    first, *others = ranked(held_out)
+    random.Random(f"stockpot/greedy/{seed}").shuffle(others)
+    return [first, *others]
+
+
+def greedy(
+    held_out: Mapping[str, Accuracy],
+    score: Score,
+    accept: Accept = "improve",
+    *,
+    passes: int = 1,
+    replacement: bool = False,
+    order: Sequence[str] | None = None,
+) -> list[GreedyStep]:
+    """The decisions in order; those kept are the soup, a trial kept twice counts twice.
+
+    held_out: each ingredient's own accuracy, by trial id, at least one. passes: how often the ingredients are visited; a pass that keeps
+    nothing is the last. replacement: later visits may add a member again. order: None is `ranked`.
+    """
+    order = list(order or ranked(held_out))
+    best = held_out[order[0]]
+    steps = [GreedyStep(trial_id=order[0], before=None, after=best, kept=True, size=1, examined=best.seen)]
+    soup = order[:1]
+    for number in range(passes):
+        size = len(soup)
+        for trial in order[1:] if number == 0 else order:
+            if trial in soup and not replacement:
+                continue
+            need = best.correct + (1 if accept == "improve" else 0)
+            after, examined = score([*soup, trial], need)
+            kept = after.correct >= need
+            if kept:
+                soup.append(trial)
+            steps.append(GreedyStep(trial_id=trial, before=best, after=after, kept=kept, size=len(soup), examined=examined))
+            best = after if kept else best
+        if len(soup) == size:
+            break
+    return steps
+
+
+def members(steps: Sequence[GreedyStep]) -> tuple[str, ...]:
+    """Trial ids in the soup, in the order they were added."""
+    return tuple(step.trial_id for step in steps if step.kept)

@@ -1,0 +1,121 @@
+"""Which ingredients may be averaged. Every one is in, or out with a reason; a soup of strangers is refused, not cooked.
+
+In: recorded files whole and unchanged, the sweep's init, the pool's keys, shapes, types and ties, its model config (activation,
+preprocessing and classes included), finite weights, and held-out logits that give the recorded accuracy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from stockpot.checkpoints import load_weights
+from stockpot.config import Init
+from stockpot.errors import IngredientMismatch, ModelError, TooFewIngredients
+from stockpot.evaluation import accuracy
+from stockpot.ledger import tracking
+from stockpot.models import ModelConfig
+from stockpot.outcomes import Ingredient
+from stockpot.soup.recipes.averaging import first_non_finite
+from stockpot.soup.recipes.weights import Weights, difference, open_weights
+
+# N samples of held_out, C classes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An ingredient on this node, fit for averaging."""
+
+    ingredient: Ingredient
+    weights: Weights
+    config: ModelConfig
+    logits: Tensor
+    """Of held_out, float32 (N, C), as the trial recorded them."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a sweep has to cook with."""
+
+    candidates: dict[str, Candidate]
+    excluded: dict[str, str]
+    """Trial id to the reason."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model config all candidates share."""
+        return next(iter(self.candidates.values())).config
+
+    def close(self) -> None:
+        """Close the weight files."""
+        for candidate in self.candidates.values():
+            candidate.weights.close()
+
+    def without(self, doubts: dict[str, str]) -> "Pool":
+        """The pool less some candidates, each with its reason. Raises `TooFewIngredients` when none is left."""
+        kept = {trial: one for trial, one in self.candidates.items() if trial not in doubts}
+        return _some(Pool(kept, self.excluded | doubts))
+
+
+def gather(ingredients: list[Ingredient], init: Init, folder: Path) -> Pool:
+    """Fetch and examine every ingredient. The first whole one of the given init sets what the others must equal.
+
+    Raises `TooFewIngredients`, with every reason, when none is fit.
+    """
+    candidates: dict[str, Candidate] = {}
+    excluded: dict[str, str] = {}
+    for ingredient in ingredients:
+        try:
+            candidate = _examine(ingredient, init, folder / ingredient.trial_id)
+            _compare(candidate, next(iter(candidates.values()), candidate))
+            candidates[ingredient.trial_id] = candidate
+        except (IngredientMismatch, ModelError) as error:
+            excluded[ingredient.trial_id] = str(error)
+    return _some(Pool(candidates, excluded))
+
+
+def check_accuracy(candidate: Candidate, labels_N: np.ndarray, transform_digest: str) -> str | None:
+    """Why a candidate's recorded accuracy cannot be trusted on these labels; None when it can."""
+    ingredient = candidate.ingredient
+    if ingredient.transform_digest != transform_digest:
+        return f"It was scored on images prepared another way ({ingredient.transform_digest}, the sweep's is {transform_digest})."
+    if len(candidate.logits) != len(labels_N):
+        return f"It has {len(candidate.logits)} held-out logits, the split has {len(labels_N)} samples."
+    found = accuracy(candidate.logits, labels_N)
+    return (
+        None
+        if found == ingredient.held_out
+        else f"Its held-out logits give {found.correct} right, recorded were {ingredient.held_out.correct}."
+    )
+
+
+def _examine(ingredient: Ingredient, init: Init, folder: Path) -> Candidate:
+    if ingredient.init_digest != init.digest:
+        raise IngredientMismatch(
+            f"It started from init {ingredient.init_digest[:12]}, the sweep's is {init.digest[:12]}: only one init averages."
+        )
+    tracking.fetch_ingredient(ingredient, folder)
+    weights = open_weights(folder / "model.safetensors")
+    if name := first_non_finite(weights):
+        raise IngredientMismatch(f"`{name}` holds a NaN or an infinity; run its trial again with a lower learning rate.")
+    logits = load_weights(folder / "held_out.safetensors").get("logits")
+    if logits is None:
+        raise IngredientMismatch("held_out.safetensors holds no `logits`; run its trial again.")
+    return Candidate(ingredient, weights, ModelConfig.model_validate_json((folder / "model.json").read_bytes()), logits)
+
+
+def _compare(candidate: Candidate, first: Candidate) -> None:
+    if found := difference(candidate.weights, first.weights):
+        raise IngredientMismatch(f"Its weights are others: {found}.")
+    if candidate.config != first.config:
+        mine, theirs = candidate.config.model_dump(), first.config.model_dump()
+        names = ", ".join(name for name in mine if mine[name] != theirs[name])
+        raise IngredientMismatch(f"Its model config differs from the others' in {names}.")
+
+
+def _some(pool: Pool) -> Pool:
+    if not pool.candidates:
+        told = "; ".join(f"{trial}: {reason}" for trial, reason in pool.excluded.items()) or "no trial has finished"
+        raise TooFewIngredients(f"Found no ingredient fit for a soup, one is needed ({told}); run the sweep's trials first.")
+    return pool

@@ -1,0 +1,1 @@
+"""The trial: from a shared init to an ingredient, through losses, optimisers, interruptions and resumes."""

@@ -1,0 +1,126 @@
+"""The shared initialisation of a sweep: one body and one head, built once, hashed and stored. Only models with one init may be averaged.
+
+An init is found by its key, the digest of (base, init spec, snapshot). `{store}/inits/{key}/init.json` is the commit marker: it is
+created once, last, and names the folder that holds the weights under their own digest. Two builders at once therefore agree.
+"""
+
+# N samples, C classes, D features
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stockpot import storage
+from stockpot.checkpoints import load_weights, save_weights
+from stockpot.config import BaseSpec, Init, InitSpec, PinnedSnapshot
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import open_snapshot
+from stockpot.digests import canonical, digest, file_digest
+from stockpot.errors import ModelError, ObjectExists
+from stockpot.evaluation import features
+from stockpot.models import Base, Classifier, ModelConfig, build, load_base, load_state
+
+PROBE_SD = 10.0
+"""Standard deviation of the Gaussian prior around the starting head, which makes the probe's optimum unique where classes are separable.
+Wide: a CLIP head's rows are 14 to 100 long, over 64 to 1024 features."""
+
+
+def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str) -> Init:
+    """Build the init, or find the one already built from the same base, spec and snapshot.
+
+    Raises `ModelError` for a base that cannot be built and for a zero-shot head without a text tower.
+    """
+    root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest])[:12]}"
+    if storage.exists(f"{root}/init.json"):
+        return _committed(root)
+    config, classifier = _build(base, spec, snapshot)
+    with TemporaryDirectory(prefix="stockpot-init-") as folder:
+        path = Path(folder) / "model.safetensors"
+        sha256 = save_weights(path, classifier.state_dict())
+        init = Init(uri=f"{root}/{sha256[:12]}", digest=sha256)
+        storage.upload(path, f"{init.uri}/model.safetensors")
+    storage.write_bytes(f"{init.uri}/model.json", canonical(config))
+    try:
+        storage.write_bytes(f"{root}/init.json", canonical(init), create=True)
+    except ObjectExists:
+        return _committed(root)  # another builder was faster; its init is the init
+    return init
+
+
+def fetch(init: Init) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and weights of an init. Raises `ModelError` when the stored weights are not the ones the init was made of."""
+    config = ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json"))
+    with TemporaryDirectory(prefix="stockpot-init-") as folder:
+        path = Path(folder) / "model.safetensors"
+        storage.download(f"{init.uri}/model.safetensors", path)
+        found = file_digest(path)
+        if found != init.digest:
+            raise ModelError(
+                f"The init at {init.uri} has sha256 {found[:12]}, the trial was drawn for {init.digest[:12]}. "
+                "Restore the object, or start a new sweep from a new init."
+            )
+        return config, load_weights(path)
+
+
+def _committed(root: str) -> Init:
+    return Init.model_validate(json.loads(storage.read_bytes(f"{root}/init.json")))
+
+
+def _build(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot) -> tuple[ModelConfig, Classifier]:
+    classes = open_snapshot(snapshot).classes
+    loaded = load_base(base, seed=spec.seed)
+    config = ModelConfig(kind="open_clip", arch=loaded.arch, preprocess=loaded.preprocess, classes=classes)
+    classifier = build(config)
+    weight_CD, bias_C = _start(loaded, spec, classes, classifier)
+    load_state(classifier, {**loaded.body_state(), "head.weight": weight_CD, "head.bias": bias_C})
+    if spec.head == "linear_probe":
+        split = pixels(open_snapshot(snapshot), "train", config.preprocess)
+        features_ND = features(classifier, split.images, config.preprocess)
+        weight_CD, bias_C = linear_probe(features_ND, np.asarray(split.labels), weight_CD, bias_C)
+        classifier.head.load_state_dict({"weight": weight_CD, "bias": bias_C})
+    return config, classifier
+
+
+def _start(loaded: Base, spec: InitSpec, classes: tuple[str, ...], classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """The head before any fitting: zero-shot, or random from the seed."""
+    shape = (len(classes), classifier.head.in_features)
+    if spec.head == "random":
+        generator = torch.Generator().manual_seed(spec.seed)
+        return torch.randn(shape, generator=generator) * shape[1] ** -0.5, torch.zeros(shape[0])
+    return loaded.zero_shot_head(classes, spec.templates), torch.zeros(shape[0])
+
+
+def linear_probe(
+    features_ND: Tensor, labels_N: np.ndarray, weight_CD: Tensor, bias_C: Tensor, *, rows: int = 16_384
+) -> tuple[Tensor, Tensor]:
+    """The most probable head under a Gaussian prior, `PROBE_SD` wide, around the head it starts from.
+
+    Strictly convex, solved by L-BFGS in float64 until the gradient vanishes, so neither a seed nor a step count decides the result.
+    `rows` bounds memory: features are visited in pieces of that many.
+    """
+    start_CD = torch.cat([weight_CD, bias_C[:, None]], dim=1).double()
+    head_CD = start_CD.clone().requires_grad_()
+    labels = torch.as_tensor(labels_N)
+    search = torch.optim.LBFGS(
+        [head_CD], max_iter=1000, history_size=20, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        loss = (head_CD - start_CD).square().sum() / (2 * PROBE_SD**2 * len(labels))
+        loss.backward()  # type: ignore[no-untyped-call]
+        for low in range(0, len(labels), rows):
+            logits_NC = functional.linear(features_ND[low : low + rows].double(), head_CD[:, :-1], head_CD[:, -1])
+            part = functional.cross_entropy(logits_NC, labels[low : low + rows], reduction="sum") / len(labels)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach() + part.detach()
+        return loss
+
+    search.step(closure)  # type: ignore[no-untyped-call]
+    found = head_CD.detach().float()
+    return found[:, :-1].contiguous(), found[:, -1].contiguous()

@@ -1,0 +1,174 @@
+"""One trial from ledger to ledger: fetch the init, read the snapshot, fine-tune, evaluate on held_out, record the ingredient.
+
+A trial is complete in itself and known by its digest: one that is already in the ledger is returned, not repeated.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stockpot.checkpoints import save_weights
+from stockpot.config import Trial, TrialSettings
+from stockpot.data.shards import Pixels, Reading, TrainReader, pixels
+from stockpot.data.snapshots import Snapshot, open_snapshot
+from stockpot.digests import canonical
+from stockpot.evaluation import accuracy, logits
+from stockpot.ledger import tracking
+from stockpot.models import Classifier, build, load_state
+from stockpot.outcomes import Ingredient
+from stockpot.training import inits
+from stockpot.training.attempts import Attempt
+from stockpot.training.augmentation import augmentation
+from stockpot.training.preemption import Preempted, deferred_sigterm
+from stockpot.training.trainer import Batch, Checkpoint, Log, State, total_steps, train
+
+Say = Callable[[str], None]
+
+
+def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1, say: Say) -> Ingredient:
+    """Run the trial and record its ingredient, or return the one the ledger holds.
+
+    An interrupted trial goes on from its last training state. say: called with one line per event. Raises `TrialFailed` (`NonFinite`)
+    when training fails by its own fault, `ModelError` when the init is not the one the trial was drawn for, and whatever the data or the
+    ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
+    """
+    done = tracking.find_ingredient(trial.model, trial.id)
+    if done is not None:
+        say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
+        return done.model_copy(update={"index": trial.index})
+    began = time.monotonic()
+    config, weights = inits.fetch(trial.init)
+    snapshot = open_snapshot(trial.snapshot)
+    snapshot.require_classes(config.classes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tracking.TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
+        log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest, "device": device})
+        model = build(config)
+        load_state(model, weights)
+        hold = Attempt(trial)
+        step = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say), say=say)
+        held_out = pixels(snapshot, "held_out", config.preprocess)
+        logits_NC = logits(model, held_out.images, config.preprocess, device=device)
+        score = accuracy(logits_NC, held_out.labels)
+        seconds = time.monotonic() - began
+        _write_ingredient(Path(folder), trial, model, logits_NC, held_out)
+        hold.require_hold()
+        ingredient = log.record_ingredient(Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step)
+        hold.finish()
+        say(f"trial {trial.index:02d} {trial.id} held_out {score.value:.4f} ({score.correct} of {score.seen}) in {seconds:.1f} s")
+        return ingredient
+
+
+def _fine_tune_or_resume(
+    model: Classifier, trial: Trial, snapshot: Snapshot, hold: Attempt, *, device: str, log: Log, say: Callable[[str], None]
+) -> int:
+    """Train to the end, keeping states on the way; on SIGTERM save one and leave. Returns the number of steps."""
+    with deferred_sigterm() as told_to_leave:
+
+        def checkpoint(step: int, state: Callable[[], State]) -> None:
+            if told_to_leave():
+                hold.save(step, state())
+                raise Preempted
+            hold.save_when_due(step, state)
+
+        return fine_tune(
+            model,
+            trial.settings,
+            snapshot,
+            loader_workers=trial.loader_workers,
+            skip_fraction=trial.skip_fraction,
+            reading=trial.reading,
+            say=say,
+            device=device,
+            log=log,
+            resume=hold.resume(),
+            checkpoint=checkpoint,
+        )
+    raise AssertionError("deferred_sigterm ends the process after Preempted")
+
+
+def fine_tune(
+    model: Classifier,
+    settings: TrialSettings,
+    snapshot: Snapshot,
+    *,
+    loader_workers: int = 0,
+    skip_fraction: float = 0.0,
+    reading: Reading = "auto",
+    say: Callable[[str], None] = print,
+    device: str = "cpu",
+    log: Log = lambda _metrics, _step: None,
+    resume: State | None = None,
+    checkpoint: Checkpoint = lambda _step, _state: None,
+) -> int:
+    """Train the model in place on the snapshot's train split; returns the number of optimiser steps."""
+    preprocess = model.config.preprocess
+    reader, last = (
+        TrainReader(
+            snapshot,
+            preprocess=preprocess,
+            augment=augmentation(name, preprocess, smallest_crop=settings.smallest_crop),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            loader_workers=loader_workers,
+            skip_fraction=skip_fraction,
+            reading=reading,
+            say=say,
+            # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
+            drop_last=snapshot.counts["train"] >= settings.batch_size,
+        )
+        for name in (settings.augmentation, settings.last_epoch_augmentation or settings.augmentation)
+    )
+    steps = reader.steps_per_epoch
+    last_epoch = (total_steps(settings, steps) - 1) // steps
+
+    def batches(epoch: int, skip: int) -> Iterable[Batch]:
+        return (last if epoch == last_epoch else reader).batches(epoch, skip)
+
+    train(
+        model,
+        settings,
+        batches,
+        steps_per_epoch=steps,
+        preprocess=preprocess,
+        device=device,
+        log=log,
+        resume=resume,
+        checkpoint=checkpoint,
+    )
+    counts = reader.counters + last.counters
+    total = total_steps(settings, steps)
+    log({f"data/{name}": float(counts[name]) for name in reader.counters}, total)
+    return total
+
+
+def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
+    """Metrics to the ledger, and a line for whoever watches."""
+
+    def note(metrics: dict[str, float], step: int) -> None:
+        log.metrics(metrics, step)
+        if "train/loss" in metrics:
+            loss, rate, epoch = (metrics[f"train/{name}"] for name in ("loss", "learning_rate", "epoch"))
+            say(f"trial {trial.index:02d} step {step} epoch {epoch:.1f}/{trial.settings.epochs} loss {loss:.4f} lr {rate:.2e}")
+
+    return note
+
+
+def _write_ingredient(folder: Path, trial: Trial, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:
+    """The four files of an ingredient: weights, per-sample held-out logits, model config and card."""
+    sha256 = save_weights(folder / "model.safetensors", model.state_dict())
+    save_weights(folder / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
+    (folder / "model.json").write_bytes(canonical(model.config))
+    card: dict[str, Any] = {
+        "trial": trial,
+        "weights_sha256": sha256,
+        "held_out": accuracy(logits_NC, held_out.labels),
+        "transform_digest": held_out.transform_digest,
+        "torch": torch.__version__,
+    }
+    (folder / "card.json").write_bytes(canonical(card))

@@ -1,0 +1,101 @@
+"""Decoding is decided once: every mode of every format gives the documented RGB, and what is no image says why."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stockpot.config import Preprocess
+from stockpot.data.images import Undecodable, decode, eval_transform, transform_digest
+
+RNG = np.random.default_rng(0)
+SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (5, 7, 3), np.uint8)).resize((56, 40), Image.Resampling.BICUBIC))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def hwc(data: bytes) -> np.ndarray:
+    return decode(data).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}])
+def test_jpeg_equals_pillow_to_the_last_bit(options: dict[str, object]) -> None:
+    data = encoded(Image.fromarray(SMOOTH), "jpeg", **options)
+    assert np.array_equal(hwc(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_grey_is_repeated() -> None:
+    grey = Image.fromarray(SMOOTH[..., 0])
+    for kind in ("png", "jpeg"):
+        pixels = hwc(encoded(grey, kind))
+        assert pixels.shape == (40, 56, 3)
+        assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_a_palette_becomes_its_colours() -> None:
+    palette = Image.fromarray(SMOOTH).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(hwc(encoded(palette, "png")), np.asarray(palette.convert("RGB")))
+
+
+def test_alpha_is_dropped_not_blended() -> None:
+    alpha = RNG.integers(0, 256, (40, 56, 1), np.uint8)
+    assert np.array_equal(hwc(encoded(Image.fromarray(np.concatenate([SMOOTH, alpha], 2)), "png")), SMOOTH)
+
+
+def test_sixteen_bits_keep_their_high_byte() -> None:
+    deep = (SMOOTH[..., 0].astype(np.uint16) << 8) | 77
+    assert np.array_equal(hwc(encoded(Image.fromarray(deep), "png"))[..., 1], SMOOTH[..., 0])
+
+
+def test_cmyk_is_converted_by_pillow() -> None:
+    data = encoded(Image.fromarray(SMOOTH).convert("CMYK"), "jpeg")
+    assert np.array_equal(hwc(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(SMOOTH), kind, exif=exif)
+    assert hwc(data).shape[:2] == ((56, 40) if orientation in (6, 8) else (40, 56))
+    upright = decode(encoded(Image.fromarray(SMOOTH), kind))
+    turns = {1: 0, 3: 2, 6: 3, 8: 1}[orientation]
+    assert (decode(data).float() - torch.rot90(upright, turns, (1, 2)).float()).abs().mean() < 3
+
+
+def test_the_first_frame_of_an_animation_is_read() -> None:
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 255)]
+    assert hwc(encoded(frames[0], "gif", save_all=True, append_images=frames[1:])).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "is empty"), (b"<html>not found</html>", "<html>"), (encoded(Image.fromarray(SMOOTH), "png")[:200], "not a readable image"),
+     (encoded(Image.fromarray(SMOOTH), "jpeg")[:400], "not a readable image"), (b"\xff\xd8\xff\xe0", "not a readable image")],
+)  # fmt: skip
+def test_what_is_no_image_says_why(data: bytes, reason: str) -> None:
+    with pytest.raises(Undecodable, match=reason):
+        decode(data)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_transform_is_pillow_within_three_levels(interpolation: str) -> None:
+    preprocess = Preprocess(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation=interpolation)
+    ours = eval_transform(torch.from_numpy(SMOOTH.copy()).permute(2, 0, 1), preprocess).permute(1, 2, 0).numpy().astype(int)
+    method = Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
+    theirs = np.asarray(Image.fromarray(SMOOTH).resize((22, 16), method)).astype(int)[:, 3:19]
+    assert ours.shape == (16, 16, 3)
+    assert abs(ours - theirs).max() <= 3
+
+
+def test_squashing_keeps_the_whole_picture_and_another_transform_has_another_digest() -> None:
+    squash = Preprocess(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash")
+    assert eval_transform(torch.from_numpy(SMOOTH.copy()).permute(2, 0, 1), squash).shape == (3, 16, 16)
+    assert transform_digest(squash) != transform_digest(squash.model_copy(update={"resize_mode": "shortest"}))

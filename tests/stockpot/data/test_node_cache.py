@@ -1,0 +1,150 @@
+"""The node cache: one download for any number of processes, never half, free space first, and a janitor that spares what is in use."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from stockpot import storage
+from stockpot.data import node_cache
+from stockpot.data.node_cache import NodeCache
+from stockpot.data.snapshots import Snapshot, open_snapshot
+from stockpot.errors import DataError, SnapshotBroken
+from tests.tiny_data import publish_tiny
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, node: Path) -> Snapshot:
+    return open_snapshot(publish_tiny(f"{tmp_path}/data", 90, splits="test"))
+
+
+def files(node: Path) -> list[Path]:
+    return sorted(path for path in node.glob("sha256/*/*") if path.suffix != ".lock")
+
+
+def test_a_second_use_is_a_hit_and_reads_nothing(snapshot: Snapshot) -> None:
+    first, second = snapshot.fetch_shard(0), snapshot.fetch_shard(0)
+    assert (first.hit, first.read_bytes) == (False, snapshot.manifest.shards[0].size)
+    assert (second.hit, second.read_bytes) == (True, 0)
+    assert first.path.stat().st_mode & 0o222 == 0
+
+
+def test_other_bytes_than_the_manifests_are_refused_and_nothing_stays(snapshot: Snapshot, node: Path) -> None:
+    path = Path(snapshot.shard_uri(1))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(SnapshotBroken, match=r"has [\d,]+ bytes with sha256 \w{12}, the manifest says"):
+        snapshot.fetch_shard(1)
+    assert files(node) == []
+
+
+def test_parts_of_dead_processes_are_removed(snapshot: Snapshot) -> None:
+    shard = snapshot.manifest.shards[0]
+    part = NodeCache().path(shard.sha256).with_suffix(".99999.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    snapshot.fetch_shard(0)
+    assert not part.exists()
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, node: Path) -> None:
+    monkeypatch.setattr(node_cache, "SPARE_BYTES", 10**18)
+    with pytest.raises(DataError, match=r"needs 0\.00 GB, 0\.00 GB are free .* XDG_CACHE_HOME"):
+        snapshot.fetch_shard(0)
+    assert files(node) == []
+
+
+def test_eviction_spares_held_snapshots_and_takes_the_oldest_first(
+    tmp_path: Path, snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_snapshot(publish_tiny(f"{tmp_path}/other", 60, splits="train", side=25))
+    mine = [snapshot.fetch_shard(number).path for number in range(len(snapshot.manifest.shards))]
+    theirs = [other.fetch_shard(number).path for number in range(2)]
+    monkeypatch.setattr(NodeCache, "free", lambda self: 10**6 if not theirs[0].exists() else 0)
+    with NodeCache().hold(snapshot.digest, snapshot.contents):
+        os.utime(mine[0], (1, 1))
+        assert NodeCache().evict(10**5) == 1
+        assert [path.exists() for path in theirs] == [False, True]
+        monkeypatch.setattr(NodeCache, "free", lambda self: 0)
+        NodeCache().evict(10**5)
+        assert all(path.exists() for path in mine)
+        assert not theirs[1].exists()
+    NodeCache().evict(10**5)
+    assert not any(path.exists() for path in mine)
+
+
+def _hold(snapshot: Snapshot, ready: "multiprocessing.synchronize.Event") -> None:
+    with NodeCache().hold(snapshot.digest, snapshot.contents):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_snapshot_held_by_another_process_is_spared_until_that_process_dies(
+    snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = snapshot.fetch_shard(0).path
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(snapshot, ready))
+    holder.start()
+    try:
+        assert ready.wait(20)
+        monkeypatch.setattr(NodeCache, "free", lambda self: 0)
+        NodeCache().evict(1)
+        assert kept.exists()
+    finally:
+        os.kill(holder.pid or 0, signal.SIGKILL)
+        holder.join()
+    NodeCache().evict(1)
+    assert not kept.exists()
+
+
+def _fill(snapshot: Snapshot, results: "multiprocessing.queues.Queue[int]") -> None:
+    results.put(sum(snapshot.fetch_shard(number).read_bytes for number in range(len(snapshot.manifest.shards))))
+
+
+def test_eight_processes_read_the_dataset_once(snapshot: Snapshot) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_fill, args=(snapshot, results)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    read = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sum(read) == sum(shard.size for shard in snapshot.manifest.shards)
+
+
+def _fill_slowly(snapshot: Snapshot, begun: "multiprocessing.synchronize.Event") -> None:
+    fetch = storage.fetch
+
+    def slow(uri: str, sink: object, **extra: object) -> object:
+        def crawl(piece: bytes) -> None:
+            sink(piece[:100])  # type: ignore[operator]
+            begun.set()
+            time.sleep(60)
+
+        return fetch(uri, crawl, **extra)  # type: ignore[arg-type]
+
+    storage.fetch = slow  # type: ignore[assignment]
+    snapshot.fetch_shard(0)
+
+
+def test_a_process_killed_while_filling_leaves_the_other_a_whole_shard(snapshot: Snapshot, node: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    victim = context.Process(target=_fill_slowly, args=(snapshot, begun))
+    victim.start()
+    assert begun.wait(20)
+    results = context.Queue()
+    other = context.Process(target=_fill, args=(snapshot, results))
+    other.start()
+    time.sleep(0.3)
+    os.kill(victim.pid or 0, signal.SIGKILL)
+    victim.join()
+    assert results.get(timeout=30) == sum(shard.size for shard in snapshot.manifest.shards)
+    other.join()
+    assert all(path.suffix == ".tar" for path in files(node))

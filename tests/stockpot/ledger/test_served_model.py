@@ -1,0 +1,112 @@
+"""Guards: the one file that serves gives the soup's own answers, decodes as training does, refuses nonsense, and needs nothing of
+Stockpot."""
+
+import ast
+import base64
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from stockpot.checkpoints import save_weights
+from stockpot.data.images import decode, eval_transform
+from stockpot.digests import canonical
+from stockpot.evaluation import logits
+from stockpot.ledger import served_model
+from stockpot.models import ModelConfig, build
+from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, png
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return ModelConfig(kind="open_clip", arch=ARCH, preprocess=PREPROCESS, classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def served(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[served_model.Soup, Any]:
+    torch.manual_seed(3)
+    model = build(config)
+    folder = tmp_path_factory.mktemp("soup")
+    save_weights(folder / "model.safetensors", model.state_dict())
+    (folder / "model.json").write_bytes(canonical(config))
+    soup = served_model.Soup()
+    soup.load_context(SimpleNamespace(artifacts={"soup": str(folder)}))
+    return soup, model
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def pictures() -> list[bytes]:
+    rng = np.random.default_rng(5)
+    colour = Image.fromarray(rng.integers(0, 256, (31, 23, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = io.BytesIO()
+    colour.save(turned, "jpeg", exif=exif)
+    sixteen = Image.fromarray(rng.integers(0, 65536, (20, 20)).astype(np.uint16))
+    return [
+        encoded(colour, "png"), encoded(colour, "jpeg"), encoded(colour.convert("L"), "jpeg"), encoded(colour.convert("CMYK"), "jpeg"),
+        encoded(colour.convert("P"), "png"), encoded(colour.convert("RGBA"), "png"), encoded(colour, "webp"), encoded(sixteen, "png"),
+        turned.getvalue(), encoded(colour.resize((16, 16)), "png"),
+    ]  # fmt: skip
+
+
+def test_every_kind_of_picture_is_decoded_and_prepared_as_in_training(served: tuple[served_model.Soup, Any]) -> None:
+    for data in pictures():
+        assert torch.equal(served_model.image(data, 0), decode(data))
+        assert torch.equal(served[0]._transformed(decode(data)), eval_transform(decode(data), PREPROCESS))
+
+
+def test_answers_are_the_soups_own(served: tuple[served_model.Soup, Any]) -> None:
+    soup, model = served
+    images = [png(seed, seed % 3) for seed in range(6)]
+    pixels = torch.stack([eval_transform(decode(data), PREPROCESS) for data in images])
+    wanted = logits(model, pixels, PREPROCESS).softmax(1)
+    answers = soup.predict(None, pd.DataFrame({"image": images}))
+    assert [answer["label"] for answer in answers] == [CLASSES[place] for place in wanted.argmax(1).tolist()]
+    assert [answer["probability"] for answer in answers] == wanted.amax(1).tolist()
+    assert soup.predict(None, [{"image": base64.b64encode(data).decode()} for data in images]) == answers
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "at least one row"),
+        ([[1, 2]], "one column `image`"),
+        ([{"image": b"x", "other": 1}], "one column `image`"),
+        ([{"image": 3}], "row 0: found int"),
+        ([{"image": None}], "row 0: found NoneType"),
+        ([{"image": "nonsense!"}], "row 0: the text is not base64"),
+        ([{"image": base64.b64encode(b"still no image").decode()}], "row 0: not a readable image"),
+        ([{"image": b""}], "row 0: found 0 bytes"),
+        ([{"image": png(0, 0)}, {"image": png(0, 0)[:60]}], "row 1: not a readable image"),
+    ],
+)
+def test_nonsense_is_refused_by_row(served: tuple[served_model.Soup, Any], rows: list[Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        served[0].predict(None, rows)
+
+
+def test_a_picture_too_large_is_refused_before_it_is_decoded(
+    served: tuple[served_model.Soup, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_model, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="pixels, at most 100"):
+        served[0].predict(None, [{"image": png(0, 0)}])
+
+
+def test_the_file_imports_nothing_of_this_repository_and_only_what_is_pinned() -> None:
+    tree = ast.parse(Path(served_model.__file__).read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert not {"stockpot", "flows", "tasks", "deployments", "pickle"} & {str(module).split(".")[0] for module in modules}

@@ -1,0 +1,148 @@
+"""Guards: the ledger finds a finished trial whatever sweep asks, a failed one says why, and a dead server is a sentence, not a stall."""
+
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, Sweep, SweepSpec
+from stockpot.errors import IngredientMismatch, ServerUnreachable, SweepMissing, TrialFailed
+from stockpot.ledger import tracking
+from stockpot.ledger.connection import client
+from stockpot.outcomes import Accuracy, Ingredient
+from stockpot.sweeps import plan
+
+
+def sweep_of(model: str, trials: int = 2) -> Sweep:
+    request = RetrainRequest(
+        model=model, store="/store", data=DataSpec(snapshot="/data/a.json"), base=BaseSpec(arch="ViT-B-32"), sweep=SweepSpec(trials=trials)
+    )
+    snapshot = PinnedSnapshot(uri="/data/a.json", digest="a" * 64)
+    return plan(request, PinnedData(snapshot=snapshot), Init(uri="/store/inits/x", digest="b" * 64))
+
+
+def files(folder: Path, seed: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"head.weight": torch.full((2, 3), float(seed))}, folder / "model.safetensors")
+    save_file({"logits": torch.zeros(4, 2)}, folder / "held_out.safetensors")
+    (folder / "card.json").write_text("{}")
+    (folder / "model.json").write_text("{}")
+    return folder
+
+
+def record(sweep: Sweep, index: int, folder: Path) -> Ingredient:
+    with tracking.TrialLog(sweep.trials[index]) as log:
+        log.params(sweep.trials[index].settings.model_dump())
+        log.metrics({"train/loss": 1.0}, step=0)
+        log.metrics({"train/loss": 0.5}, step=1)
+        return log.record_ingredient(files(folder, index), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0, step=1)
+
+
+def seconds_of_a_hundred_steps(log: tracking.TrialLog) -> float:
+    start = time.monotonic()
+    for step in range(100):
+        log.metrics({"train/loss": float(step)}, step)
+    return time.monotonic() - start
+
+
+@pytest.fixture
+def sweep(ledger: str) -> Sweep:
+    one = sweep_of(f"tracking-{uuid4().hex[:8]}")
+    tracking.open_sweep(one, flow_run_id="flow-1")
+    return one
+
+
+def test_a_sweep_is_read_back_as_it_was_planned_and_opened_once(sweep: Sweep) -> None:
+    assert tracking.read_sweep(sweep.id) == sweep
+    assert tracking.open_sweep(sweep) == tracking.open_sweep(sweep)
+    tracking.close_sweep(sweep.id, "FINISHED", {"finished": 2, "failed": 0})
+    summary = tracking.list_sweeps(sweep.request.model)
+    assert [(one.sweep_id, one.status, one.trials, one.finished) for one in summary] == [(sweep.id, "FINISHED", 2, 2)]
+
+
+def test_an_unknown_sweep_is_missing_by_name(ledger: str) -> None:
+    with pytest.raises(SweepMissing, match="no sweep 'nope'"):
+        tracking.read_sweep("nope")
+
+
+def test_an_ingredient_is_found_by_trial_id_and_fetched_whole(sweep: Sweep, tmp_path: Path) -> None:
+    made = record(sweep, 0, tmp_path / "made")
+    assert tracking.find_ingredient(sweep.request.model, sweep.trials[0].id) == made
+    assert tracking.find_ingredient(sweep.request.model, sweep.trials[1].id) is None
+    folder = tracking.fetch_ingredient(made, tmp_path / "fetched")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(tracking.INGREDIENT_FILES)
+
+
+def test_the_trials_run_is_a_child_with_curves_lineage_and_system_metrics(sweep: Sweep, tmp_path: Path) -> None:
+    made = record(sweep, 0, tmp_path)
+    run = client().get_run(made.mlflow_run_id)
+    assert run.data.tags["mlflow.parentRunId"] == tracking.open_sweep(sweep)
+    assert run.info.status == "FINISHED"
+    assert [(point.step, point.value) for point in client().get_metric_history(made.mlflow_run_id, "train/loss")] == [(0, 1.0), (1, 0.5)]
+    assert run.data.metrics["held_out/accuracy"] == 0.75
+    assert run.data.params["learning_rate"] == "2e-05"
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert run.inputs.dataset_inputs[0].dataset.digest == "a" * 36
+
+
+def test_a_finished_trial_is_reused_by_another_sweep_of_the_model(sweep: Sweep, tmp_path: Path) -> None:
+    record(sweep, 0, tmp_path)
+    larger = sweep_of(sweep.request.model, trials=3)
+    assert larger.id != sweep.id
+    assert [one.trial_id for one in tracking.find_ingredients(larger)] == [sweep.trials[0].id]
+
+
+def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tmp_path: Path) -> None:
+    log = tracking.TrialLog(sweep.trials[0])
+    with pytest.raises(TrialFailed), log:
+        raise TrialFailed("The loss is NaN at step 3.")
+    first = log.mlflow_run_id
+    run = client().get_run(first)
+    assert (run.info.status, run.data.tags["stockpot.reason"]) == ("FAILED", "The loss is NaN at step 3.")
+    assert record(sweep, 0, tmp_path).mlflow_run_id == first
+    assert client().get_run(first).info.status == "FINISHED"
+
+
+def test_an_interrupted_trial_is_killed_not_failed(sweep: Sweep) -> None:
+    with pytest.raises(KeyboardInterrupt), tracking.TrialLog(sweep.trials[0]) as log:
+        raise KeyboardInterrupt
+    assert client().get_run(log.mlflow_run_id).info.status == "KILLED"
+
+
+def test_an_incomplete_or_foreign_ingredient_is_named(sweep: Sweep, tmp_path: Path) -> None:
+    made = record(sweep, 0, tmp_path / "made")
+    with pytest.raises(IngredientMismatch, match="sha256"):
+        tracking.fetch_ingredient(made.model_copy(update={"weights_sha256": "0" * 64}), tmp_path / "a")
+    with pytest.raises(IngredientMismatch, match="is gone"):
+        tracking.fetch_ingredient(made.model_copy(update={"model_id": "m-0"}), tmp_path / "b")
+    (tmp_path / "made" / "card.json").unlink()
+    with pytest.raises(IngredientMismatch, match=r"hands over no card\.json"), tracking.TrialLog(sweep.trials[1]) as log:
+        log.record_ingredient(tmp_path / "made", Accuracy(correct=1, seen=2), transform_digest="t", seconds=0.0)
+
+
+def test_no_server_is_one_sentence_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ServerUnreachable, match="MLFLOW_TRACKING_URI is not set"):
+        tracking.check_server()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ServerUnreachable, match=r"MLFLOW_TRACKING_URI=http://127\.0\.0\.1:9"):
+        tracking.check_server()
+    assert time.monotonic() - start < 5
+
+
+def test_metrics_outlive_a_server_that_dies_during_training(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, ledger: str) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    log = tracking.TrialLog(sweep.trials[0])
+    log.__enter__()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert seconds_of_a_hundred_steps(log) < 1
+    with pytest.raises(ServerUnreachable):
+        log.__exit__(None, None, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ledger)
+    assert tracking.replay_metrics() >= 100
+    assert len(client().get_metric_history(log.mlflow_run_id, "train/loss")) == 100
+    assert tracking.replay_metrics() == 0

@@ -1,0 +1,59 @@
+"""Guards: picture, card and page of a soup are whole for every kind of report, escape what people wrote, and need no other file."""
+
+import re
+
+import pytest
+
+from stockpot.config import RetrainRequest, Sweep, SweepSpec
+from stockpot.outcomes import Accuracy, AlphaPoint, GreedyStep, Scores, SoupReport, TrialPoint
+from stockpot.soup import card, page, picture
+from stockpot.sweeps import plan
+from tests.requests_for_tests import DATA, INIT, REQUEST
+
+
+def score(correct: int) -> Accuracy:
+    return Accuracy(correct=correct, seen=200)
+
+
+@pytest.fixture
+def sweep() -> Sweep:
+    return plan(RetrainRequest.model_validate({**REQUEST, "sweep": SweepSpec(trials=3).model_dump()}), DATA, INIT)
+
+
+def report(sweep: Sweep, shifts: bool, full: bool) -> SoupReport:
+    ids = [trial.id for trial in sweep.trials]
+    scores = Scores(held_out=score(190), gate=score(180), test=score(185) if full else None, shifts={"blur": score(120)} if shifts else {})
+    points = tuple(TrialPoint(trial_id=trial, index=index, scores=scores, kept=index == 0) for index, trial in enumerate(ids))
+    steps = (
+        GreedyStep(trial_id=ids[0], before=None, after=score(188), kept=True, size=1, examined=200),
+        GreedyStep(trial_id=ids[1], before=score(188), after=score(190), kept=True, size=2, examined=200),
+        GreedyStep(trial_id=ids[2], before=score(190), after=score(188), kept=False, size=2, examined=64),
+    )
+    line = tuple(AlphaPoint(alpha=alpha, scores=scores) for alpha in (0.0, 1.0))
+    return SoupReport(
+        sweep_id=sweep.id, model=sweep.request.model, mlflow_run_id="r", recipe="greedy", soup_sha256="a" * 64, init_digest="b" * 64,
+        transform_digest="t", best_single=ids[0], ingredients=tuple(ids[:2]), steps=steps,
+        scores=dict.fromkeys(("best_single", "uniform", "greedy"), scores), trials=points,
+        excluded={"feedbeef": "its `<head>` holds a NaN"} if full else {}, alphas={"greedy": line} if full else {},
+        angles={ids[0]: (0.0, 90.0, 80.0)} if full else {},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("shifts", "full"), [(True, True), (False, False), (True, False)])
+def test_the_page_stands_alone_and_says_everything(sweep: Sweep, shifts: bool, full: bool) -> None:
+    one = report(sweep, shifts, full)
+    text = page.write(one, sweep)
+    assert not re.findall(r"<script|(?:src|href)=\"(?!data:)", text)
+    assert all(trial.id in text for trial in sweep.trials)
+    assert "at most 188" in text
+    assert ("&lt;head&gt;" in text) is full
+    assert ("On the line to the init" in text) is full
+    assert ("blur" in text) is shifts
+    assert picture.draw(one).startswith(b"\x89PNG")
+
+
+def test_the_card_names_bounds_and_reasons(sweep: Sweep) -> None:
+    text = card.write(report(sweep, True, True))
+    assert "at most 188 of 200 (settled after 64)" in text
+    assert "feedbeef: its `<head>` holds a NaN" in text
+    assert text.startswith("# digits: greedy soup aaaaaaaaaaaa")

@@ -1,0 +1,46 @@
+"""Guards: the paired test is the exact one (by counting every sequence of coin flips on small samples), the interval is the paired
+bootstrap, and calibration is measured and repaired as defined."""
+
+from itertools import product
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stockpot.soup.statistics import bootstrap, calibration_error, mcnemar, right, temperature
+
+
+def counted(won: int, lost: int) -> float:
+    """The oracle: the share of all sequences at least as uneven."""
+    flips = list(product([0, 1], repeat=won + lost))
+    return sum(abs(2 * sum(flip) - len(flip)) >= abs(won - lost) for flip in flips) / len(flips)
+
+
+@given(won=st.integers(0, 5), lost=st.integers(0, 5), both=st.integers(0, 3))
+def test_mcnemar_counts_discordant_samples_exactly(won: int, lost: int, both: int) -> None:
+    before = torch.tensor([True] * lost + [False] * won + [True] * both, dtype=torch.bool)
+    after = torch.tensor([False] * lost + [True] * won + [True] * both, dtype=torch.bool)
+    assert abs(mcnemar(before, after) - counted(won, lost)) < 1e-12
+
+
+def test_the_first_of_equal_logits_is_the_answer() -> None:
+    assert right(torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0])).tolist() == [True, False]
+
+
+def test_the_bootstrap_interval_is_that_of_resampled_pairs() -> None:
+    rng = torch.Generator().manual_seed(0)
+    before, after = (torch.rand(300, generator=rng) < share for share in (0.80, 0.86))
+    gains = after.double() - before.double()
+    drawn = torch.stack([gains[torch.randint(300, (300,), generator=rng)].mean() for _ in range(4000)])
+    low, high = bootstrap(before, after)
+    assert abs(low - float(drawn.quantile(0.025))) < 0.01
+    assert abs(high - float(drawn.quantile(0.975))) < 0.01
+    assert bootstrap(before, before) == (0.0, 0.0)
+
+
+def test_calibration_error_of_a_known_case_and_its_repair() -> None:
+    labels = torch.tensor([0] * 75 + [1] * 25)
+    sure = torch.tensor([[4.0, 0.0]]).expand(100, 2)
+    confidence = float(torch.tensor([4.0, 0.0], dtype=torch.float64).softmax(0)[0])
+    assert abs(calibration_error(sure, labels) - (confidence - 0.75)) < 1e-12
+    assert calibration_error(sure / temperature(sure, labels), labels) < 1e-3

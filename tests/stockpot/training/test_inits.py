@@ -1,0 +1,94 @@
+"""Promise: one init per (base, spec, snapshot), found again by its key, verified by its hash; the probe's head is an optimum, not a run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from stockpot.config import BaseSpec, InitSpec
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import open_snapshot
+from stockpot.errors import ModelError
+from stockpot.evaluation import accuracy, logits
+from stockpot.models import build, load_state
+from stockpot.training.inits import PROBE_SD, fetch, linear_probe, prepare
+from tests.tiny_sweep import CLASSES
+
+ARCH = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+}
+
+
+@pytest.fixture
+def base(tmp_path) -> BaseSpec:
+    (tmp_path / "config.json").write_text(json.dumps(ARCH))
+    return BaseSpec(arch=str(tmp_path / "config.json"))
+
+
+def test_preparing_again_finds_the_same_init(base, ground, node, tmp_path):
+    spec = InitSpec(templates=("a {} thing.",))
+    first = prepare(base, spec, ground.data.snapshot, f"{tmp_path}/store")
+    stored = sorted(path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.*"))
+    assert prepare(base, spec, ground.data.snapshot, f"{tmp_path}/store") == first
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.*")) == stored
+    config, weights = fetch(first)
+    assert config.classes == CLASSES
+    assert weights["head.weight"].shape == (3, 16)
+
+
+def test_two_builders_agree_and_other_specs_differ(base, ground, node, tmp_path):
+    snapshot = ground.data.snapshot
+    specs = [InitSpec(), InitSpec(head="zero_shot"), InitSpec(head="random", seed=1), InitSpec(head="random", seed=2)]
+    here, there = ([prepare(base, spec, snapshot, f"{tmp_path}/{store}").digest for spec in specs] for store in ("here", "there"))
+    assert here == there
+    assert len(set(here)) == 4
+
+
+def test_without_its_marker_an_init_is_built_again(base, ground, node, tmp_path):
+    first = prepare(base, InitSpec(head="zero_shot"), ground.data.snapshot, f"{tmp_path}/store")
+    (marker,) = (tmp_path / "store").rglob("init.json")
+    marker.unlink()
+    assert prepare(base, InitSpec(head="zero_shot"), ground.data.snapshot, f"{tmp_path}/store") == first
+    assert marker.exists()
+
+
+def test_changed_weights_are_refused(base, ground, node, tmp_path):
+    init = prepare(base, InitSpec(head="random"), ground.data.snapshot, f"{tmp_path}/store")
+    (weights,) = (tmp_path / "store").rglob("model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match=r"has sha256 .*, the trial was drawn for"):
+        fetch(init)
+
+
+def test_the_probe_beats_the_head_it_starts_from(base, ground, node, tmp_path):
+    snapshot = open_snapshot(ground.data.snapshot)
+    train = {}
+    for head in ("zero_shot", "linear_probe"):
+        config, weights = fetch(prepare(base, InitSpec(head=head), ground.data.snapshot, f"{tmp_path}/store"))
+        model = build(config)
+        load_state(model, weights)
+        split = pixels(snapshot, "train", config.preprocess)
+        train[head] = accuracy(logits(model, split.images, config.preprocess), split.labels).value
+    assert train["linear_probe"] > train["zero_shot"]
+
+
+def test_the_probe_is_an_optimum_wherever_it_starts_in_memory():
+    torch.manual_seed(0)
+    features, labels = functional.normalize(torch.randn(90, 6), dim=1), np.arange(90) % 3
+    start, bias = torch.randn(3, 6), torch.zeros(3)
+    weight, offset = linear_probe(features, labels, start, bias)
+    pieces = linear_probe(features, labels, start, bias, rows=7)
+    assert torch.allclose(weight, pieces[0], atol=1e-3)
+    head = torch.cat([weight, offset[:, None]], 1).double().requires_grad_()
+    loss = functional.cross_entropy(functional.linear(features.double(), head[:, :-1], head[:, -1]), torch.from_numpy(labels))
+    loss = loss + (head - torch.cat([start, bias[:, None]], 1)).square().sum() / (2 * PROBE_SD**2 * 90)
+    loss.backward()
+    assert head.grad.abs().max() < 1e-6

@@ -1,0 +1,118 @@
+"""Promise: a trial ends in one verified ingredient; finished ones are not repeated; killed and preempted ones end bit-identical to one left
+alone; a trial's own fault fails it without an ingredient."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stockpot.checkpoints import load_weights
+from stockpot.config import Trial, TrialSettings
+from stockpot.digests import file_digest, short
+from stockpot.errors import BadRequest, ModelError, NonFinite, TrialFailed
+from stockpot.ledger import tracking
+from stockpot.training.attempts import Attempt
+from stockpot.training.trials import run_trial
+from tests.tiny_sweep import tiny_sweep
+
+SETTINGS = TrialSettings(epochs=40, batch_size=20, learning_rate=1e-3, mixup=0.2, ema_decay=0.9, warmup_steps=5)
+CHILD = """
+import sys
+from stockpot.config import Trial
+from stockpot.training.trials import run_trial
+run_trial(Trial.model_validate_json(sys.argv[1]), say=lambda line: print(line, flush=True))
+"""
+
+
+def trial_of(ground, model: str, tmp_path: Path, settings: TrialSettings = SETTINGS, **other) -> Trial:
+    """A trial of an opened sweep, with a store of its own."""
+    planned = tiny_sweep(ground, model, trials=1).trials[0]
+    identity = short([settings, planned.snapshot.digest, planned.init.digest])
+    return planned.model_copy(update={"id": identity, "settings": settings, "store": f"{tmp_path}/store", **other})
+
+
+def test_a_trial_leaves_one_ingredient_and_nothing_else(ground, ledger, tmp_path):
+    trial = trial_of(ground, "one-trial", tmp_path)
+    lines: list[str] = []
+    ingredient = run_trial(trial, say=lines.append)
+    folder = tracking.fetch_ingredient(ingredient, tmp_path / "ingredient")
+    assert file_digest(folder / "model.safetensors") == ingredient.weights_sha256
+    stored = load_weights(folder / "held_out.safetensors")
+    assert stored["logits"].shape == (60, 3)
+    assert int((stored["logits"].argmax(1) == stored["labels"]).sum()) == ingredient.held_out.correct
+    assert json.loads((folder / "card.json").read_text())["trial"]["id"] == trial.id
+    assert ingredient.held_out.value > 0.5
+    assert list((tmp_path / "store").rglob("*.*")) == []  # no state, no claim
+    assert any("step 10 " in line for line in lines)
+    assert run_trial(trial, say=lines.append) == ingredient
+    assert "finished already" in lines[-1]
+
+
+def test_a_trial_that_stops_being_numbers_leaves_no_ingredient(ground, ledger, tmp_path):
+    wild = SETTINGS.model_copy(update={"learning_rate": 0.99, "optimiser": "sgd", "clip_norm": 0.0, "epochs": 200})
+    trial = trial_of(ground, "wild", tmp_path, wild.model_copy(update={"loss": "tests.stockpot.test_trials:nothing"}))
+    with pytest.raises(NonFinite, match="stopped being a number at step 1"):
+        run_trial(trial, say=lambda _line: None)
+    assert tracking.find_ingredient("wild", trial.id) is None
+
+
+def nothing(logits_BC, targets_BC):
+    """A loss that is no number."""
+    return (logits_BC * float("nan")).sum()
+
+
+def test_another_init_is_refused(ground, ledger, tmp_path):
+    trial = trial_of(ground, "other-init", tmp_path)
+    with pytest.raises(ModelError, match="the trial was drawn for"):
+        run_trial(trial.model_copy(update={"init": trial.init.model_copy(update={"digest": "0" * 64})}), say=lambda _line: None)
+
+
+def test_a_later_attempt_fences_off_the_earlier(ground, ledger, tmp_path):
+    trial = trial_of(ground, "fenced", tmp_path)
+    early = Attempt(trial)
+    early.require_hold()
+    late = Attempt(trial)
+    late.require_hold()
+    with pytest.raises(TrialFailed, match="was replaced by a later one"):
+        early.save(3, {})
+    assert late.resume() is None
+
+
+def test_a_state_of_another_snapshot_is_refused(ground, ledger, tmp_path):
+    import torch
+
+    trial = trial_of(ground, "stranger-state", tmp_path)
+    Attempt(trial).save(3, {"step": torch.tensor(3)})
+    other = trial.model_copy(update={"snapshot": trial.snapshot.model_copy(update={"digest": "f" * 64})})
+    with pytest.raises(BadRequest, match="was made with snapshot"):
+        Attempt(other).resume()
+
+
+def start(trial: Trial, lines: int) -> subprocess.Popen[str]:
+    """A process running the trial, once it has printed that many lines of progress."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, trial.model_dump_json()], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for _ in range(lines):
+        assert "step" in child.stdout.readline()
+    return child
+
+
+@pytest.mark.slow
+def test_a_trial_killed_and_preempted_at_random_ends_bit_identical(ground, ledger, tmp_path):
+    alone = run_trial(trial_of(ground, "alone", tmp_path), say=lambda _line: None)
+    trial = trial_of(ground, "disturbed", tmp_path, state_interval_s=0)
+    with start(trial, 1 + time.time_ns() % 3) as killed:
+        killed.send_signal(signal.SIGKILL)
+    with start(trial, 1 + time.time_ns() % 2) as preempted:
+        preempted.send_signal(signal.SIGTERM)
+        assert preempted.wait(60) == 143
+    assert list((tmp_path / "store" / "training" / trial.id).glob("state-*.json"))
+    lines: list[str] = []
+    disturbed = run_trial(trial, say=lines.append)
+    assert "step 10 " not in lines[0]  # it did not start anew
+    assert disturbed.weights_sha256 == alone.weights_sha256
+    assert disturbed.held_out == alone.held_out
