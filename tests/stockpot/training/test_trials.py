@@ -54,7 +54,7 @@ def test_a_trial_leaves_one_ingredient_and_nothing_else(ground, ledger, tmp_path
 
 def test_a_trial_that_stops_being_numbers_leaves_no_ingredient(ground, ledger, tmp_path):
     wild = SETTINGS.model_copy(update={"learning_rate": 0.99, "optimiser": "sgd", "clip_norm": 0.0, "epochs": 200})
-    trial = trial_of(ground, "wild", tmp_path, wild.model_copy(update={"loss": "tests.stockpot.test_trials:nothing"}))
+    trial = trial_of(ground, "wild", tmp_path, wild.model_copy(update={"loss": "tests.stockpot.training.test_trials:nothing"}))
     with pytest.raises(NonFinite, match="stopped being a number at step 1"):
         run_trial(trial, say=lambda _line: None)
     assert tracking.find_ingredient("wild", trial.id) is None
