@@ -75,23 +75,27 @@ def rollback(model: Annotated[str, typer.Argument(help="The registered model.")]
 def prune(
     model: Annotated[str, typer.Argument(help="The registered model.")],
     keep_top: Annotated[int, typer.Option(min=0, help="Best trials of every sweep whose weights stay.")] = 8,
+    min_age_h: Annotated[float, typer.Option(min=0, help="Hours; nothing stored within the last ones is deleted.")] = 24.0,
     apply: Annotated[bool, typer.Option("--apply", help="Delete; without it, only say what would be deleted.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete stored weights that no version, no running sweep and no `reproduce` of champion, challenger or previous needs."""
+    """Say which stored weights nothing needs any more, and with --apply delete them.
+
+    Kept: the soup of every registered version, the ingredients of every version with an alias (champion, challenger, previous), the best
+    trials of every sweep, everything of a sweep that runs or is not cooked and registered yet, everything young, and the inits.
+    """
     from stockpot.ledger import connection
     from stockpot.release import pruning
 
     connection.check_server()
-    found = pruning.find_removable(model, keep_top)
-    total = sum(one.size for one in found)
+    plan = pruning.plan_removal(model, keep_top, min_age_h)
     if apply:
-        pruning.remove(found)
-    lines = [f"{one.kind} {one.about[:12]}  {one.size / 1e6:,.1f} MB" for one in found]
-    what = "Deleted" if apply else "Would delete (add --apply)"
+        pruning.remove(plan)
+    lines = [f"{one.kind} {one.about[:12]}  {one.size:,} bytes" for one in plan.removable]
+    what, free, how = ("Deleted", "freed", "") if apply else ("Would delete", "free", "; add --apply to do it" if plan.removable else "")
     _tell(
-        {"applied": apply, "bytes": total, "removable": [one.model_dump() for one in found]},
-        "\n".join([*lines, f"{what}: {len(found)} of {model}'s stored weights, {total / 1e6:,.1f} MB."]),
+        {"applied": apply, "bytes": plan.size, "stored": plan.stored, "removable": [one.model_dump() for one in plan.removable]},
+        "\n".join([*lines, f"{what} {len(plan.removable)} of {model}'s {plan.stored} stored weights and {free} {plan.size:,} bytes{how}."]),
         as_json,
     )
 

@@ -1,11 +1,18 @@
-"""What every test module may use: one real S3 server for the session. Import nothing heavy here."""
+"""What every test module may use: one real S3 server and one real MLflow server for the session, and the ground of tiny sweeps.
+Import nothing heavy here."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.mlflow_server import free_port
+from tests.mlflow_server import mlflow_server as running_mlflow_server
 from tests.object_store import ObjectStore, object_store
+
+if TYPE_CHECKING:
+    from tests.tiny_sweep import Ground
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +36,28 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty node cache; returns the folder it lies in."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "stockpot"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real `mlflow server` on SQLite and local artifacts, proxied; ended with the session."""
+    with running_mlflow_server(tmp_path_factory.mktemp("mlflow"), free_port()) as address:
+        yield address
+
+
+@pytest.fixture
+def ledger(mlflow_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The session's server as `MLFLOW_TRACKING_URI`, with a node cache of its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return mlflow_server
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> "Ground":
+    """Published data and an init for tiny sweeps."""
+    from tests.tiny_sweep import lay_ground
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("ground-cache")))
+        return lay_ground(tmp_path_factory.mktemp("ground"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException, RestException
 
 from stockpot.errors import ServerUnreachable, SweepMissing
@@ -124,6 +124,21 @@ def search_runs(experiments: list[str], condition: str, order: str) -> list[Run]
         found.extend(page)
         if not (token := page.token):
             return found
+
+
+def search_models(model: str, condition: str) -> list[LoggedModel]:
+    """LoggedModels of an experiment, oldest first, over all pages."""
+    home = client().get_experiment_by_name(model)
+    found: list[LoggedModel] = []
+    token: str | None = None
+    while home is not None:
+        page = client().search_logged_models(
+            [home.experiment_id], condition or None, order_by=[{"field_name": "creation_timestamp", "ascending": True}], page_token=token
+        )
+        found.extend(page)
+        if not (token := page.token):
+            break
+    return found
 
 
 def read_file(mlflow_run_id: str, name: str) -> bytes:

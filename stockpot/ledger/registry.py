@@ -90,16 +90,31 @@ def resolve(name: str) -> ModelVersion:
     model, _, alias = name.partition("@")
     found = alias_version(model, alias or "champion")
     if found is None:
-        raise RegistryError(
-            f"{model} has no {alias or 'champion'} in the registry at {address()}; register one with `stockpot soup SWEEP`."
-        )
+        raise no_version(model, alias or "champion")
     return read_version(model, found)
 
 
-def version_sources(model: str) -> set[str]:
-    """The LoggedModels that hold the bytes of any version: by its source, because its `model_id` comes back empty over REST."""
+def no_version(model: str, alias: str) -> RegistryError:
+    """The sentence for an alias that points nowhere."""
     with asking():
-        return {found.source.removeprefix("models:/") for found in client().search_model_versions(f"name = '{model}'")}
+        numbers = sorted(int(found.version) for found in client().search_model_versions(f"name = '{model}'"))
+    if not numbers:
+        return RegistryError(
+            f"The registry at {address()} has no version of {model}; `stockpot status` lists the sweeps, "
+            "`stockpot soup SWEEP` registers a soup."
+        )
+    told = ", ".join(map(str, numbers[-10:]))
+    return RegistryError(
+        f"{model} has no {alias}, but versions {told}; name one, such as {model}/{numbers[-1]}, or make it champion with "
+        f"`stockpot promote {model} --version {numbers[-1]}`."
+    )
+
+
+def models_behind_versions() -> set[str]:
+    """The LoggedModels that hold the bytes of any version of any registered model. A copied version (`models:/digits/1` as its source)
+    shares the bytes of its original even after that was deleted, so its storage is asked for."""
+    with asking():
+        return {_model_behind(found) for found in client().search_model_versions("")}
 
 
 def fetch_version(version: ModelVersion, folder: Path) -> Path:
@@ -129,6 +144,17 @@ def alias_version(model: str, alias: str) -> int | None:
         except RestException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
+            raise
+
+
+def aliases(model: str) -> dict[str, int]:
+    """Every alias of a model and the version it points at, a person's own ones too; empty when there is no such model."""
+    with asking():
+        try:
+            return {name: int(number) for name, number in client().get_registered_model(model).aliases.items()}
+        except RestException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
             raise
 
 
@@ -227,3 +253,10 @@ def _create_model(model: str) -> None:
 def _versions(model: str, soup_sha256: str) -> list[int]:
     condition = f"name = '{model}' and tags.`stockpot.soup_sha256` = '{soup_sha256}'"
     return [int(found.version) for found in client().search_model_versions(condition)]
+
+
+def _model_behind(version: Any) -> str:
+    source = str(version.source)
+    if not source.startswith("models:/m-"):
+        source = client().get_model_version_download_uri(version.name, version.version).removesuffix("/artifacts")
+    return source.rpartition("/")[2]

@@ -12,12 +12,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import RestException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from stockpot.config import PinnedSnapshot, Sweep, Trial
 from stockpot.digests import file_digest
@@ -33,6 +32,7 @@ from stockpot.ledger.connection import (
     find_run,
     of_kind,
     read_file,
+    search_models,
     search_runs,
     sweep_run,
 )
@@ -163,45 +163,6 @@ def store_text(mlflow_run_id: str, name: str, text: str) -> None:
     """Put one more text file on a run, replacing one of that name."""
     with asking():
         client().log_text(mlflow_run_id, text, name)
-
-
-class Stored(NamedTuple):
-    """A LoggedModel of ours."""
-
-    model_id: str
-    kind: Literal["ingredient", "soup"]
-    about: str
-    """The trial's id, or the soup's sha256."""
-
-
-def stored_models(model: str) -> list[Stored]:
-    """Every ingredient and soup whose bytes lie in the ledger, unfinished uploads too."""
-    with asking():
-        found = _logged_models(model, "")
-    return [
-        Stored(one.model_id, "soup" if soup else "ingredient", soup or one.tags["stockpot.trial"])
-        for one in found
-        if (soup := one.tags.get("stockpot.soup_sha256", "")) or "stockpot.trial" in one.tags
-    ]
-
-
-def stored_bytes(model_id: str) -> int:
-    """Bytes of a LoggedModel's files."""
-
-    def size(path: str | None) -> int:
-        infos = client().list_logged_model_artifacts(model_id, path)
-        return sum(size(info.path) if info.is_dir else info.file_size or 0 for info in infos)
-
-    with asking():
-        return size(None)
-
-
-def delete_stored(model_id: str) -> None:
-    """Delete a LoggedModel: its record first, so that nothing finds it half gone, then its bytes."""
-    with asking():
-        where = client().get_logged_model(model_id).artifact_location
-        client().delete_logged_model(model_id)
-        get_artifact_repository(where, tracking_uri=address()).delete_artifacts()
 
 
 def read_picture(report: SoupReport) -> bytes:
@@ -344,23 +305,8 @@ def _send_points(mlflow_run_id: str, points: list[Point]) -> None:
 
 def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
-    tags = [one.tags["stockpot.ingredient"] for one in _logged_models(model, condition) if "stockpot.ingredient" in one.tags]
+    tags = [one.tags["stockpot.ingredient"] for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
     return [Ingredient.model_validate_json(tag) for tag in tags]
-
-
-def _logged_models(model: str, condition: str) -> list[LoggedModel]:
-    """LoggedModels of an experiment, oldest first, over all pages."""
-    home = client().get_experiment_by_name(model)
-    found: list[LoggedModel] = []
-    token: str | None = None
-    while home is not None:
-        page = client().search_logged_models(
-            [home.experiment_id], condition or None, order_by=[{"field_name": "creation_timestamp", "ascending": True}], page_token=token
-        )
-        found.extend(page)
-        if not (token := page.token):
-            break
-    return found
 
 
 def _stored_files(ingredient: Ingredient) -> set[str]:

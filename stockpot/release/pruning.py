@@ -1,59 +1,78 @@
 """Retention: which stored weights nothing needs any more. `mlflow gc` alone would also delete the bytes under a registered version.
 
-Kept: the soups of every registered version; the ingredients of champion, challenger and previous; the best `keep_top` trials of every
-sweep; every ingredient of a sweep that is running or not cooked yet. Inits lie in object storage and are never touched. The rest are
-ingredients a later run of the same request would have to train again, and soups that were cooked but never registered.
+Kept, whatever else: the soup of every registered version, under any model's name; the ingredients of every version with an alias
+(champion, challenger, previous, and a person's own); the best `keep_top` trials of every sweep; every trial of a sweep that runs, waits to
+be cooked or registered, or is being cooked, and its soup; everything younger than `min_age_h`. Inits lie in object storage and are never
+touched. The rest are ingredients a later run of the same request would train again, and soups that no report names any more.
 """
 
+from datetime import UTC, datetime, timedelta
+
 from stockpot.config import Closed
-from stockpot.ledger import registry, tracking
-from stockpot.outcomes import ModelVersion
+from stockpot.errors import SweepMissing
+from stockpot.ledger import registry, stored, tracking
+from stockpot.ledger.stored import Kind
 
 
 class Removable(Closed):
     """One LoggedModel nothing needs."""
 
     model_id: str
-    kind: str
-    """`ingredient` or `soup`."""
+    kind: Kind
     about: str
-    """Trial id, or the start of the soup's sha256."""
+    """Trial id, or the soup's sha256."""
     size: int
     """Bytes."""
 
 
-def find_removable(model: str, keep_top: int = 8) -> list[Removable]:
-    """What `remove` would delete, largest first. Reads only."""
-    needed = _needed_trials(model, keep_top)
-    sources = registry.version_sources(model)
+class Plan(Closed):
+    """What `remove` would delete, largest first, out of how many stored models."""
+
+    removable: tuple[Removable, ...]
+    stored: int
+
+    @property
+    def size(self) -> int:
+        """Bytes it frees."""
+        return sum(one.size for one in self.removable)
+
+
+def plan_removal(model: str, keep_top: int = 8, min_age_h: float = 24.0) -> Plan:
+    """What nothing needs. Reads only. Raises `SweepMissing` for a model without sweeps, `ServerUnreachable`."""
+    everything = stored.stored_models(model)  # before the sweeps are read: what begins after this line is not in it
+    trials, soups = _needed(model, keep_top)
+    youngest = datetime.now(UTC) - timedelta(hours=min_age_h)
     found = [
-        Removable(model_id=one.model_id, kind=one.kind, about=one.about, size=tracking.stored_bytes(one.model_id))
-        for one in tracking.stored_models(model)
-        if (one.about not in needed if one.kind == "ingredient" else one.model_id not in sources)
+        Removable(model_id=one.model_id, kind=one.kind, about=one.about, size=stored.stored_bytes(one.model_id))
+        for one in everything
+        if one.made <= youngest and (one.about not in trials if one.kind == "ingredient" else one.model_id not in soups)
     ]
-    return sorted(found, key=lambda one: -one.size)
+    return Plan(removable=tuple(sorted(found, key=lambda one: -one.size)), stored=len(everything))
 
 
-def remove(removable: list[Removable]) -> int:
-    """Delete them, record and bytes; returns the bytes freed."""
-    for one in removable:
-        tracking.delete_stored(one.model_id)
-    return sum(one.size for one in removable)
+def remove(plan: Plan) -> None:
+    """Delete what the plan names, records and bytes. Interrupted, it is finished by the next one."""
+    for one in plan.removable:
+        stored.delete_stored(one.model_id, one.kind)
 
 
-def _needed_trials(model: str, keep_top: int) -> set[str]:
-    needed: set[str] = set()
-    for summary in tracking.list_sweeps(model):
-        sweep = tracking.read_sweep(summary.sweep_id)
-        if summary.status == "RUNNING" or tracking.read_report(summary.sweep_id) is None:
-            needed |= {trial.id for trial in sweep.trials}
-        best = sorted(tracking.find_ingredients(sweep), key=lambda one: (-one.held_out.correct, one.trial_id))
-        needed |= {one.trial_id for one in best[:keep_top]}
-    for alias in registry.ALIASES:
-        if (number := registry.alias_version(model, alias)) is not None:
-            needed |= _ingredients(registry.read_version(model, number))
-    return needed
-
-
-def _ingredients(version: ModelVersion) -> set[str]:
-    return set(registry.read_tags(version).get("stockpot.ingredients", "").split(","))
+def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
+    """Trial ids, and LoggedModels of soups."""
+    trials, soups = set[str](), registry.models_behind_versions()
+    sweeps = tracking.list_sweeps(model)
+    if not sweeps:
+        raise SweepMissing(f"The ledger has no sweep of {model}, so nothing of it is stored; `stockpot status` lists the sweeps it has.")
+    for summary in sweeps:
+        sweep, report = tracking.read_sweep(summary.sweep_id), tracking.read_report(summary.sweep_id)
+        finished = tracking.find_ingredients(sweep)
+        cooked = set() if report is None else {point.trial_id for point in report.trials} | set(report.excluded)
+        registered = report is not None and registry.find_version(model, report.soup_sha256) is not None
+        if summary.status == "RUNNING" or not registered or not {one.trial_id for one in finished} <= cooked:
+            trials |= {trial.id for trial in sweep.trials} | set(report.ingredients if report else ())
+        if report is not None:
+            soups.add(report.model_id)
+        best = sorted(finished, key=lambda one: (-one.held_out.correct, one.trial_id))
+        trials |= {one.trial_id for one in best[:keep_top]}
+    for number in registry.aliases(model).values():
+        trials |= set(registry.read_tags(registry.read_version(model, number)).get("stockpot.ingredients", "").split(","))
+    return trials, soups

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 from stockpot.config import GateSpec, Sweep
 from stockpot.data.node_cache import cache_root, locked
-from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
 from stockpot.release.gating import Side, gather_evidence, incomparable, judge, read_config
@@ -57,7 +56,7 @@ def promote(model: str, number: int | None = None) -> ModelVersion:
     with _alone(model):
         wanted = number if number is not None else registry.alias_version(model, "challenger")
         if wanted is None:
-            raise RegistryError(f"{model} has no challenger to promote; name a version, such as `stockpot promote {model} --version 3`.")
+            raise registry.no_version(model, "challenger")
         return _crown(model, wanted, "promoted by hand")
 
 
@@ -66,9 +65,7 @@ def rollback(model: str) -> ModelVersion:
     with _alone(model):
         previous = registry.alias_version(model, "previous")
         if previous is None:
-            raise RegistryError(
-                f"{model} has no previous champion to go back to; name a version with `stockpot promote {model} --version N`."
-            )
+            raise registry.no_version(model, "previous")
         return _crown(model, previous, "rolled back by hand")
 
 

@@ -38,7 +38,8 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupRepo
     sweep = tracking.read_sweep(sweep_id)
     ingredients = tracking.find_ingredients(sweep)
     done = tracking.read_report(sweep_id)
-    if done and {one.trial_id for one in ingredients} == {one.trial_id for one in done.trials} | set(done.excluded):
+    # Fewer than were cooked is no news either: `stockpot prune` may have taken what the soup does not need.
+    if done and {one.trial_id for one in ingredients} <= {one.trial_id for one in done.trials} | set(done.excluded):
         say(f"sweep {sweep_id} is cooked already: soup {done.soup_sha256[:12]}")
         return done
     began = time.monotonic()

@@ -96,12 +96,12 @@ def test_a_stored_decision_against_a_dethroned_champion_is_taken_again(ground: G
 
 
 def test_a_person_can_promote_roll_back_and_roll_forward(ground: Ground, model: str, tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="no challenger to promote"):
+    with pytest.raises(RegistryError, match="has no version of"):
         releasing.promote(model)
     released(cooked(ground, model, tmp_path, 1))
     releasing.register(cooked(ground, model, tmp_path, 3, recipe="uniform"))
     registry.set_alias(model, "challenger", 2)
-    with pytest.raises(RegistryError, match="no previous champion"):
+    with pytest.raises(RegistryError, match="has no previous, but versions 1, 2"):
         releasing.rollback(model)
     assert releasing.promote(model).version == 2
     assert (aliases(model), releasing.rollback(model).version) == ({"champion": 2, "challenger": None, "previous": 1}, 1)

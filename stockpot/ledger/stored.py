@@ -1,0 +1,62 @@
+"""The bytes in the ledger, for retention: every LoggedModel of ours, how large it is, and deleting one so that an interruption leaves
+nothing half there: unlisted first (no trial or soup finds it any more), then its bytes, then its record, which the next `prune` would find.
+"""
+
+from datetime import UTC, datetime
+from typing import Literal, NamedTuple
+
+from mlflow.entities import LoggedModel
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from stockpot.ledger.connection import address, asking, client, search_models
+
+Kind = Literal["ingredient", "soup"]
+
+COMMITTED_BY: dict[Kind, str] = {"ingredient": "stockpot.ingredient", "soup": "stockpot.stored_soup"}
+"""The tag that is written last: without it the model does not exist for `tracking` and `registry`."""
+
+
+class Stored(NamedTuple):
+    """A LoggedModel of ours."""
+
+    model_id: str
+    kind: Kind
+    about: str
+    """The trial's id, or the soup's sha256."""
+    made: datetime
+    """When its upload began, UTC."""
+
+
+def stored_models(model: str) -> list[Stored]:
+    """Every ingredient and soup whose bytes lie in the ledger, unfinished uploads too. Raises `ServerUnreachable`."""
+    with asking():
+        return [stored for found in search_models(model, "") if (stored := _stored(found))]
+
+
+def stored_bytes(model_id: str) -> int:
+    """Bytes of a LoggedModel's files."""
+
+    def size(path: str | None) -> int:
+        infos = client().list_logged_model_artifacts(model_id, path)
+        return sum(size(info.path) if info.is_dir else info.file_size or 0 for info in infos)
+
+    with asking():
+        return size(None)
+
+
+def delete_stored(model_id: str, kind: Kind) -> None:
+    """Delete a LoggedModel, its bytes and its record."""
+    with asking():
+        found = client().get_logged_model(model_id)
+        if COMMITTED_BY[kind] in found.tags:
+            client().delete_logged_model_tag(model_id, COMMITTED_BY[kind])
+        get_artifact_repository(found.artifact_location, tracking_uri=address()).delete_artifacts()
+        client().delete_logged_model(model_id)
+
+
+def _stored(found: LoggedModel) -> Stored | None:
+    soup, trial = found.tags.get("stockpot.soup_sha256"), found.tags.get("stockpot.trial")
+    made = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
+    if soup:
+        return Stored(found.model_id, "soup", soup, made)
+    return Stored(found.model_id, "ingredient", trial, made) if trial else None

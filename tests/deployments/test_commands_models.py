@@ -1,0 +1,179 @@
+"""Promise: a registered version can be told, rebuilt, crowned, rolled back and pruned around from the command line, against a real MLflow
+server; and whatever is missing costs one sentence and exit code 1."""
+
+import json
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from stockpot.config import GateSpec, SoupSpec
+from stockpot.ledger import registry, tracking
+from stockpot.ledger.connection import client
+from stockpot.outcomes import SoupReport
+from stockpot.release import releasing
+from stockpot.soup.souping import cook
+from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
+
+COMMANDS = ("explain", "reproduce", "promote", "rollback", "prune")
+
+
+@pytest.fixture(scope="module")
+def model(mlflow_server: str, ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with two versions: the greedy soup of a sweep of three is champion, the uniform one challenger."""
+    name = f"commands-{uuid4().hex[:8]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("commands-cache")))
+        for recipe in ("greedy", "uniform"):
+            sweep = tiny_sweep(ground, name, 3, SoupSpec.model_validate({"recipe": recipe}))
+            if recipe == "greedy":
+                finish_trials(ground, sweep, tmp_path_factory.mktemp("trials"))
+            report = cook(sweep.id, say=[].append)
+            tracking.close_sweep(sweep.id, "FINISHED", {"finished": 3})
+            version = releasing.register(report)
+            if recipe == "greedy":
+                releasing.gate(report, version, GateSpec())
+            else:
+                registry.set_alias(name, "challenger", version.version)
+    return name
+
+
+@pytest.fixture
+def run(stockpot, ledger: str, monkeypatch: pytest.MonkeyPatch):
+    """Standard output of a command that succeeds."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ledger)
+
+    def go(*words: object) -> str:
+        code, out, err = stockpot(*words)
+        assert (code, err) == (0, ""), (code, err)
+        return out
+
+    return go
+
+
+@pytest.fixture
+def refused(stockpot, ledger: str, monkeypatch: pytest.MonkeyPatch):
+    """The one sentence of a stated failure."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ledger)
+
+    def go(*words: object) -> str:
+        code, out, err = stockpot(*words)
+        assert (code, out, len(err.strip().splitlines())) == (1, "", 1), (code, out, err)
+        return err
+
+    return go
+
+
+def report_of(model: str, number: int) -> SoupReport:
+    sweep = registry.read_tags(registry.read_version(model, number))["stockpot.sweep"]
+    report = tracking.read_report(sweep)
+    assert report is not None
+    return report
+
+
+def test_a_version_is_told_and_rebuilt(run, model: str) -> None:
+    champion, challenger = report_of(model, 1), report_of(model, 2)
+    told = run("explain", model)
+    assert f"{model} version 1 is champion." in told
+    assert all(trial in told for trial in champion.ingredients)
+    assert f"{model} version 2 is challenger." in run("explain", f"{model}@challenger")
+    document = json.loads(run("explain", f"{model}/2", "--json"))
+    assert document["version"] == {"model": model, "version": 2, "alias": "challenger", "soup_sha256": challenger.soup_sha256}
+    assert SoupReport.model_validate(document["report"]) == challenger
+    assert document["decision"] is None
+    assert f"version 1 is reproduced to the bit: {champion.soup_sha256}" in run("reproduce", model)
+    assert json.loads(run("reproduce", f"{model}@challenger", "--json"))["soup_sha256"] == challenger.soup_sha256
+
+
+def test_a_person_crowns_and_rolls_back(run, model: str) -> None:
+    assert f'Version 2 of {model} is champion: mlflow.pyfunc.load_model("models:/{model}@champion")' in run("promote", model)
+    assert registry.alias_version(model, "previous") == 1
+    assert json.loads(run("rollback", model, "--json"))["version"] == 1
+    assert json.loads(run("promote", model, "--version", 2, "--json"))["alias"] == "champion"
+    assert "Version 1" in run("rollback", model)
+    registry.set_alias(model, "challenger", 2)
+
+
+def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, model: str, ground: Ground, tmp_path: Path) -> None:
+    sweep = tiny_sweep(ground, model, 5)
+    finish_trials(ground, sweep, tmp_path, noise=2.0, only=(3, 4))
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "a sweep that is not cooked keeps everything"
+    report = cook(sweep.id, say=[].append)
+    tracking.close_sweep(sweep.id, "FINISHED", {"finished": 5})
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "so does a soup that is not registered"
+    releasing.register(report)
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0), "and what is young"
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 5, "--min-age-h", 0), "and the best of every sweep"
+
+    needed = {trial for number in (1, 2) for trial in report_of(model, number).ingredients}
+    dry = json.loads(run("prune", model, "--keep-top", 0, "--min-age-h", 0, "--json"))
+    assert {one["about"] for one in dry["removable"]} == {trial.id for trial in sweep.trials} - needed
+    assert (dry["applied"], dry["bytes"]) == (False, sum(one["size"] for one in dry["removable"]))
+    text = run("prune", model, "--keep-top", 0, "--min-age-h", 0)
+    assert f"Would delete 2 of {model}'s 8 stored weights and free {dry['bytes']:,} bytes; add --apply to do it." in text
+    assert f"Deleted 2 of {model}'s 8 stored weights and freed {dry['bytes']:,} bytes." in run(
+        "prune", model, "--keep-top", 0, "--min-age-h", 0, "--apply"
+    )
+    assert tracking.find_ingredients(sweep) == [one for one in tracking.find_ingredients(sweep) if one.trial_id in needed]
+    for number in (1, 2, 3):
+        registry.fetch_version(registry.read_version(model, number), tmp_path / str(number))
+    assert "reproduced" in run("reproduce", model)
+    assert cook(sweep.id, say=[].append) == report, "a pruned sweep is still a cooked one"
+
+
+@pytest.mark.slow
+def test_a_copied_version_keeps_its_bytes_after_its_original_is_deleted(run, capsys, ground: Ground, ledger: str, tmp_path: Path) -> None:
+    model = f"copied-{uuid4().hex[:8]}"
+    sweep = tiny_sweep(ground, model, 1)
+    finish_trials(ground, sweep, tmp_path)
+    report = cook(sweep.id, say=[].append)
+    tracking.close_sweep(sweep.id, "FINISHED", {"finished": 1})
+    releasing.register(report)
+    client().copy_model_version(f"models:/{model}/1", f"{model}-production")
+    client().delete_model_version(model, "1")
+    capsys.readouterr()  # what MLflow prints about copying
+    assert report.model_id in registry.models_behind_versions()
+    said = run("prune", model, "--keep-top", 0, "--min-age-h", 0)
+    assert "Would delete 0 of" in said
+    assert registry.load(f"{model}-production/1") is not None
+
+
+def test_what_is_missing_is_one_sentence(refused, model: str) -> None:
+    for command in ("explain", "reproduce", "promote", "rollback"):
+        said = refused(command, "nobody")
+        assert "has no version of nobody" in said
+        assert "`stockpot soup SWEEP`" in said
+    assert "no sweep of nobody" in refused("prune", "nobody")
+    assert f"The registry has no version 9 of {model}" in refused("explain", f"{model}/9")
+    assert "no version 9" in refused("promote", model, "--version", 9)
+    assert "names no version" in refused("reproduce", f"{model}/three")
+
+
+def test_a_version_deleted_under_its_alias_is_said_and_mended(refused, run, ground: Ground, tmp_path: Path, ledger: str) -> None:
+    model = f"deleted-{uuid4().hex[:8]}"
+    sweep = tiny_sweep(ground, model, 1)
+    finish_trials(ground, sweep, tmp_path)
+    report = cook(sweep.id, say=[].append)
+    releasing.gate(report, releasing.register(report), GateSpec())
+    assert f"{model} has no challenger, but versions 1" in refused("promote", model)
+    assert f"{model} has no previous, but versions 1" in refused("rollback", model)
+    client().delete_model_version(model, "1")
+    for command in ("explain", "reproduce", "rollback"):
+        assert f"has no version of {model}" in refused(command, model)
+    version = releasing.register(report)
+    assert (version.version, releasing.gate(report, version, GateSpec()).promoted) == (2, True)
+    assert f"{model} version 2 is champion." in run("explain", model)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_server_and_help(stockpot, monkeypatch: pytest.MonkeyPatch, closed_port: int, command: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+    code, out, err = stockpot(command, "digits")
+    assert (code, out) == (1, "")
+    assert f"No MLflow server answers at MLFLOW_TRACKING_URI=http://127.0.0.1:{closed_port}" in err
+    code, out, _ = stockpot(command, "--help")
+    assert code == 0
+    assert f"stockpot {command}" in out
+    assert "--json" in out
+    assert stockpot(command)[0] == 2
