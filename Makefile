@@ -22,7 +22,7 @@ demo: setup ## the whole path on real servers and a small real data set
 	@$(WITH_MAKE) $(BIN)/stockpot demo $(ARGS)
 
 test: setup ## all tests but the slowest, real servers included
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 proof: setup ## the slow proofs, such as a demo killed again and again
 	@$(BIN)/python -m pytest -m "slow or proof" $(ARGS)
