@@ -1,5 +1,7 @@
-"""Put the deployments and work pools onto the Prefect server: `deployments/prefect.yaml`, applied from the repository root."""
+"""Put the deployments, work pools and automations onto the Prefect server: `deployments/prefect.yaml`, applied from the repository root,
+and every file of `deployments/automations/`."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,9 @@ POOLS = {"control": "process", "gpu": "process"}
 
 
 def deploy_all() -> list[str]:
-    """Create missing pools, apply every deployment, and return the deployments' names."""
+    """Create missing pools, apply every deployment and automation, and return the deployments' names."""
     _make_pools()
+    _make_automations()
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     if done.returncode != 0:
@@ -37,3 +40,18 @@ def _make_pools() -> None:
                 client.create_work_pool(WorkPoolCreate(name=name, type=kind))
             except ObjectAlreadyExists:
                 continue
+
+
+def _make_automations() -> None:
+    """One automation per file, found again by its name; a person's own switch (enabled or not) stays as it is."""
+    from prefect.client.orchestration import get_client
+    from prefect.events.schemas.automations import Automation, AutomationCore
+
+    with get_client(sync_client=True) as client:
+        for path in sorted((ROOT / "deployments" / "automations").glob("*.json")):
+            wanted = json.loads(path.read_text())
+            there: list[Automation] = client.read_automations_by_name(wanted["name"])
+            for known in there:
+                client.update_automation(known.id, AutomationCore.model_validate(wanted | {"enabled": known.enabled}))
+            if not there:
+                client.create_automation(AutomationCore.model_validate(wanted))

@@ -152,7 +152,11 @@ async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
 async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, retry_delay_s: float) -> bool:
     waiting = {one.flow_run_id: one for one in outcomes if one.state == "open"}
     changed = False
-    for run in await _read(client, list(waiting)):
+    runs = await _read(client, list(waiting))
+    for deleted in set(waiting) - {run.id for run in runs}:
+        changed = True
+        waiting[deleted].state, waiting[deleted].reason = "failed", "its flow run was deleted from Prefect"
+    for run in runs:
         one = waiting[run.id]
         one.picked_up |= run.state_type != StateType.SCHEDULED
         if run.state is None or not run.state.is_final():

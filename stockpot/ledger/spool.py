@@ -1,9 +1,11 @@
 """Points on their way to a server that may be slow or gone: written to a local file first, sent from a thread, kept until the server
 has acknowledged them. The caller never waits and never sees an error of the network.
 
-Ignores what a point means; `send` must be idempotent, because a batch whose answer was lost is sent again.
+The file is locked while its process lives, so that another may deliver what a dead one left. Ignores what a point means; `send` must be
+idempotent, because a batch whose answer was lost is sent again.
 """
 
+import fcntl
 import json
 import threading
 from collections.abc import Callable
@@ -31,7 +33,7 @@ Send = Callable[[list[Point]], None]
 class Spool:
     """An append-only file of points and the thread that sends them.
 
-    path: the local file; it is removed once everything it holds has been acknowledged.
+    path: the local file, of this process alone; it is removed once everything it holds has been acknowledged.
     send: stores at most `BATCH` points, raises `ServerUnreachable` when that is not sure.
     every_s: seconds between two deliveries.
     """
@@ -45,8 +47,8 @@ class Spool:
         self._delivering = threading.Lock()
         self._closing = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._waiting.extend(_read(path))
         self._file = path.open("a")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         self._thread = threading.Thread(target=self._run, name="stockpot-spool", daemon=True)
         self._thread.start()
 
@@ -62,10 +64,10 @@ class Spool:
         self._closing.set()
         self._thread.join(timeout_s)
         with self._lock:
-            self._file.close()
             left = len(self._waiting)
-        if left == 0:
-            self._path.unlink(missing_ok=True)
+            if left == 0:
+                self._path.unlink(missing_ok=True)
+            self._file.close()
         return left
 
     def _run(self) -> None:
@@ -88,17 +90,23 @@ class Spool:
 
 
 def replay(path: Path, send: Send) -> int:
-    """Send what an earlier process left in `path` and remove it; returns the number of points. Raises `ServerUnreachable`."""
-    points = _read(path)
-    for start in range(0, len(points), BATCH):
-        send(points[start : start + BATCH])
-    path.unlink(missing_ok=True)
+    """Send what an ended process left in `path` and remove it; returns the number of points, 0 while the process lives.
+
+    Raises `ServerUnreachable`, and the file stays.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
+        points = _read(path)
+        for start in range(0, len(points), BATCH):
+            send(points[start : start + BATCH])
+        path.unlink(missing_ok=True)
     return len(points)
 
 
 def _read(path: Path) -> list[Point]:
     """The points of a spool file; a last line cut off by a crash is left out."""
-    if not path.exists():
-        return []
     lines = path.read_text().split("\n")
     return [Point(*json.loads(line)) for line in lines[:-1] if line]

@@ -90,9 +90,11 @@ class Attempt:
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Remove the states and the claims: the trial is in the ledger, and is found there from now on."""
+        """Remove the states and claims up to this attempt's: the trial is in the ledger, and is found there from now on. What a later
+        attempt has written is left to it."""
         for found in storage.list_prefix(f"{self.root}/"):
-            storage.remove(found.uri)
+            if (claim := re.search(r"-(\d+)(\.\w+)?$", found.uri)) and int(claim[1]) <= self.claim:
+                storage.remove(found.uri)
 
     def _markers(self) -> list[str]:
         return sorted(found.uri for found in storage.list_prefix(f"{self.root}/") if re.search(r"/state-\d+-\d+\.json$", found.uri))

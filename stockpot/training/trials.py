@@ -41,6 +41,8 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     if done is not None:
         say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
         return done.model_copy(update={"index": trial.index})
+    if late := tracking.replay_metrics():
+        say(f"{late} points of earlier trials on this node were delivered")
     began = time.monotonic()
     config, weights = inits.fetch(trial.init)
     snapshot = open_snapshot(trial.snapshot)
@@ -58,7 +60,9 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         seconds = time.monotonic() - began
         _write_ingredient(Path(folder), trial, model, logits_NC, held_out)
         hold.require_hold()
-        ingredient = log.record_ingredient(Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step)
+        ingredient = tracking.find_ingredient(trial.model, trial.id) or log.record_ingredient(
+            Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step
+        )
         hold.finish()
         say(f"trial {trial.index:02d} {trial.id} held_out {score.value:.4f} ({score.correct} of {score.seen}) in {seconds:.1f} s")
         return ingredient

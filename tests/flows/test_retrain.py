@@ -146,6 +146,25 @@ def test_cancelling_the_parent_cancels_its_children(stack, request_for):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_that_shows_no_sign_of_life_is_given_up_and_started_again(stack, request_for):
+    """A stopped process is what a vanished node looks like from the servers: no end, no heartbeat, a run that stays Running."""
+    started = retrain(request_for("frozen", seeds=(9,), epochs=100))
+    (run,) = running_trials("frozen", 1)
+    time.sleep(5)
+    frozen = pid(run)
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        sweep_id = watch_to_end(started)
+    finally:
+        os.kill(frozen, signal.SIGKILL)
+    attempts = [one for one in runs_of(f"sweep:{sweep_id}") if one.name.startswith("trial-")]
+    assert [one.state.type.value for one in attempts] == ["CRASHED", "COMPLETED"]
+    assert "No sign of life" in attempts[0].state.message
+    assert len(tracking.find_ingredients(tracking.read_sweep(sweep_id))) == 1
+
+
+@pytest.mark.slow
 def test_a_retraining_whose_parent_died_is_taken_up_without_doubling_its_trials(stack, request_for):
     request = request_for("orphaned", seeds=(8,), epochs=100)
     first = retrain(request)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.stockpot.test_tars import GOOD, PICTURES, flipped, sample, second, tar
+from tests.stockpot.data.test_tars import GOOD, PICTURES, flipped, sample, second, tar
 
 from stockpot import storage
 from stockpot.config import PinnedSnapshot

@@ -106,6 +106,32 @@ def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tm
     assert client().get_run(first).info.status == "FINISHED"
 
 
+def test_an_attempt_that_was_replaced_no_longer_says_how_the_run_ends(sweep: Sweep, tmp_path: Path) -> None:
+    orphan = tracking.TrialLog(sweep.trials[0], attempt=1)
+    orphan.__enter__()
+    run = record(sweep, 0, tmp_path).mlflow_run_id
+    error = TrialFailed("Replaced by a later attempt.")
+    orphan.__exit__(type(error), error, None)
+    after = client().get_run(run)
+    assert (after.info.status, after.data.tags["stockpot.reason"]) == ("FINISHED", "")
+
+
+def test_points_of_a_trial_that_still_runs_are_left_to_it(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracking.TrialLog(sweep.trials[0]) as log:
+        log.metrics({"train/loss": 1.0}, step=0)
+        assert tracking.replay_metrics() == 0
+    assert [point.value for point in client().get_metric_history(log.mlflow_run_id, "train/loss")] == [1.0]
+
+
+def test_points_of_a_run_that_another_server_keeps_wait_for_it(ledger: str) -> None:
+    path = tracking._spool_folder() / f"{uuid4().hex}.x.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('["train/loss", 1.0, 1, 1]\n')
+    assert tracking.replay_metrics() == 0
+    assert path.exists()
+    path.unlink()
+
+
 def test_an_interrupted_trial_is_killed_not_failed(sweep: Sweep) -> None:
     with pytest.raises(KeyboardInterrupt), tracking.TrialLog(sweep.trials[0]) as log:
         raise KeyboardInterrupt
