@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.stockpot.data.test_tars import GOOD, PICTURES, flipped, sample, second, tar
 
 from stockpot import storage
 from stockpot.config import PinnedSnapshot
@@ -16,6 +15,7 @@ from stockpot.data.sources import ClassFolders, ExistingShards, safe_key
 from stockpot.data.splits import SplitSpec
 from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken
 from tests.object_store import ObjectStore
+from tests.stockpot.data.test_tars import GOOD, PICTURES, flipped, sample, second, tar
 from tests.tiny_data import CLASSES, PREPROCESS, picture, publish_tiny
 
 pytestmark = pytest.mark.usefixtures("node")
