@@ -6,6 +6,7 @@ Pixels come in as uint8 and are normalised on the device that computes: (x / 255
 # N samples, B batch, C classes, H height, W width
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,25 @@ from torch import Tensor, nn
 
 from stockpot.config import Preprocess
 from stockpot.outcomes import Accuracy
+
+
+class Ranks(NamedTuple):
+    """This process among several that evaluate together."""
+
+    rank: int
+    world: int
+    all_reduce: Callable[[Tensor], object]
+    """Adds up a tensor of the model's device over all ranks, in place: `torch.distributed.all_reduce`."""
+
+
+def share(samples: int, rank: int, world: int, batch_size: int) -> range:
+    """The samples that one rank evaluates: whole batches of a lone evaluation, so that its results are the same to the last bit.
+
+    All ranks together have every sample once and none twice; where there are fewer batches than ranks, the later ranks may have none.
+    """
+    batches = -(-samples // batch_size)
+    first, last = (-(-batches * one // world) * batch_size for one in (rank, rank + 1))
+    return range(min(first, samples), min(last, samples))
 
 
 def normalise(images_B3HW: Tensor, preprocess: Preprocess) -> Tensor:
@@ -23,13 +43,39 @@ def normalise(images_B3HW: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def logits(
-    model: nn.Module, images_N3HW: np.ndarray | Tensor, preprocess: Preprocess, *, batch_size: int = 256, device: str | torch.device = "cpu"
+    model: nn.Module,
+    images_N3HW: np.ndarray | Tensor,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """The model's logits for every image, in order: float32 (N, C) on the CPU.
 
     The model is put in evaluation mode, and back. One fixed batch size gives one fixed result: only the last batch is smaller.
+    With `ranks`, every rank calls this with all N images, computes its share, and gets the logits of all; raises `ValueError` unless each
+    image was evaluated exactly once.
     """
-    return _in_batches(model, model, images_N3HW, preprocess, batch_size=batch_size, device=device)
+    if ranks is None:
+        return _in_batches(model, model, images_N3HW, preprocess, batch_size=batch_size, device=device)
+    mine = share(len(images_N3HW), ranks.rank, ranks.world, batch_size)
+    own = images_N3HW[mine.start : mine.stop]
+    rows = _in_batches(model, model, own, preprocess, batch_size=batch_size, device=device) if mine else torch.empty(0, 0)
+    return _together(rows, mine, len(images_N3HW), ranks, device)
+
+
+def _together(rows_MC: Tensor, mine: range, samples: int, ranks: Ranks, device: str | torch.device) -> Tensor:
+    """All ranks' rows: each adds its own to zeros, with a one beside each row to count it. The first rank always has rows, so it says C."""
+    width = torch.tensor([rows_MC.shape[1] if ranks.rank == 0 else 0], device=device)
+    ranks.all_reduce(width)
+    counted_NC = torch.zeros(samples, int(width) + 1, device=device)
+    if mine:
+        counted_NC[mine.start : mine.stop] = torch.cat([torch.ones(len(mine), 1), rows_MC], dim=1).to(device)
+    ranks.all_reduce(counted_NC)
+    if amiss := int((counted_NC[:, 0] != 1).sum()):
+        raise ValueError(f"{amiss} of {samples} samples were not evaluated exactly once by the {ranks.world} ranks")
+    return counted_NC[:, 1:].cpu().contiguous()
 
 
 def features(

@@ -18,6 +18,7 @@ from stockpot.data.shards import Batch, TrainReader, choose_reading, pixels, tra
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.data.splits import SplitSpec
 from stockpot.errors import BadRequest, SkipBudgetExceeded, SnapshotBroken
+from stockpot.evaluation import share
 from tests.tiny_data import CLASSES, PREPROCESS, picture, publish_tiny, samples
 
 
@@ -197,6 +198,15 @@ def test_an_evaluation_split_is_complete_ordered_shared_and_read_only(snapshot: 
     assert pixels(snapshot, "held_out", other).images.shape[-1] == 8
     assert pixels(snapshot, "held_out", other).transform_digest != one.transform_digest
     assert len(list((node / "pixels").glob("*/meta.json"))) == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 5, 64])
+def test_ranks_that_map_the_same_pixels_evaluate_every_sample_of_the_split_once(snapshot: Snapshot, world: int) -> None:
+    held_out = pixels(snapshot, "held_out", PREPROCESS)
+    shares = [share(len(held_out.images), rank, world, 4) for rank in range(world)]
+    seen = [held_out.keys[sample] for mine in shares for sample in mine]
+    assert tuple(seen) == held_out.keys
+    assert len(seen) == snapshot.counts["held_out"]
 
 
 def test_an_evaluation_split_of_a_snapshot_that_does_not_fit_is_the_same(
