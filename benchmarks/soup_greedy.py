@@ -27,7 +27,8 @@ from stockpot.config import BaseSpec, InitSpec, SweepSpec
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.evaluation import logits, normalise
-from stockpot.models import Classifier, ModelConfig, build, load_state
+from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, GreedyStep
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor, right

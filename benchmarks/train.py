@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stockpot.config import Preprocess, TrialSettings
-from stockpot.models import ModelConfig, build
+from stockpot.models.classifier import ModelConfig, build
 from stockpot.training.trainer import train
 
 STEPS, PAIRS, BATCH = 20, 11, 16

@@ -49,9 +49,14 @@ class BaseSpec(Closed):
 
     arch: str = Field(
         min_length=1,
-        description="An open_clip architecture (`ViT-B-32`) or the URI of an open_clip JSON config, which may name a timm image tower.",
+        description="An open_clip architecture (`ViT-B-32`), the URI of an open_clip JSON config (which may name a timm image tower), or "
+        "`timm:NAME`, such as `timm:vit_base_patch16_224.augreg_in21k`, whose images are prepared as timm does for that name.",
     )
-    weights: str | None = Field(None, description="A pretrained tag of that architecture, or the URI of safetensors. None: random weights.")
+    weights: str | None = Field(
+        None,
+        description="A pretrained tag of that architecture, or the URI of a state dict: safetensors, or torch's format, read without "
+        "running any of it. None: random weights.",
+    )
 
 
 class InitSpec(Closed):
@@ -297,8 +302,14 @@ class Preprocess(Closed):
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = Field(
-        "shortest", description="Shorter side to `size` and centre crop, or both sides to `size`."
+        "shortest", description="Shorter side, or both sides, to `size / crop_fraction`; then the centre `size` by `size` is kept."
     )
+    crop_fraction: float = Field(1.0, gt=0, le=1, description="Side of the centre crop as a share of the resized side.")
+
+    @property
+    def resized(self) -> int:
+        """The side, in pixels, that images are resized to before the crop."""
+        return round(self.size / self.crop_fraction)
 
 
 class PinnedSnapshot(Closed):

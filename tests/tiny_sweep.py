@@ -31,7 +31,8 @@ from stockpot.data.splits import SplitSpec
 from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, features, logits
 from stockpot.ledger import tracking
-from stockpot.models import Classifier, ModelConfig, build, load_state
+from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
 from stockpot.sweeps import plan
 from stockpot.training.inits import linear_probe

@@ -26,7 +26,8 @@ from stockpot.config import BaseSpec, InitSpec, Preprocess, SoupSpec, SweepSpec
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.evaluation import accuracy, logits
-from stockpot.models import Classifier, ModelConfig, build, load_state
+from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked

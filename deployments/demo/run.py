@@ -182,7 +182,8 @@ def _own_answers(version: ModelVersion, test: str) -> list[str]:
     from stockpot.data.snapshots import open_snapshot, pin
     from stockpot.evaluation import logits
     from stockpot.ledger import registry
-    from stockpot.models import ModelConfig, build, load_state
+    from stockpot.models.classifier import ModelConfig, build
+    from stockpot.models.loading import load_state
 
     with TemporaryDirectory(prefix="stockpot-demo-") as folder:
         files = registry.fetch_version(version, Path(folder))

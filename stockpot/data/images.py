@@ -50,11 +50,12 @@ def decode(data: bytes) -> Tensor:
 def eval_transform(image: Tensor, preprocess: Preprocess) -> Tensor:
     """The evaluation transform: uint8 3HW to uint8 3SS, S = `preprocess.size`."""
     mode = InterpolationMode.BICUBIC if preprocess.interpolation == "bicubic" else InterpolationMode.BILINEAR
-    side = preprocess.size
-    target = [side, side] if preprocess.resize_mode == "squash" else [side]
+    side = preprocess.resized
     if list(image.shape[-2:]) != [side, side]:
+        target = [side, side] if preprocess.resize_mode == "squash" else [side]
         image = functional.resize(image, target, interpolation=mode, antialias=True)
-    return image if preprocess.resize_mode == "squash" else functional.center_crop(image, [side, side])
+    pixels: Tensor = functional.center_crop(image, [preprocess.size] * 2)
+    return pixels
 
 
 def transform_digest(preprocess: Preprocess) -> str:

@@ -26,7 +26,7 @@ from stockpot.ledger.connection import address, asking, client, experiment
 from stockpot.outcomes import GateDecision, ModelVersion
 
 ALIASES = ("champion", "challenger", "previous")
-SERVED_WITH = ("mlflow", "torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pandas", "pillow")
+SERVED_WITH = ("mlflow", "torch", "torchvision", "open_clip_torch", "timm", "safetensors", "numpy", "pandas", "pillow")
 
 
 def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Path) -> str:

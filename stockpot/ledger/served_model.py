@@ -14,6 +14,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import timm
 import torch
 from mlflow.pyfunc import PythonModel
 from open_clip.model import _build_vision_tower
@@ -65,34 +66,41 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
         return logits_BC.float().cpu()
 
     def _transformed(self, image_3HW: Tensor) -> Tensor:
-        side: int = self.preprocess["size"]
+        size: int = self.preprocess["size"]
+        side = round(size / self.preprocess.get("crop_fraction", 1.0))
         squash = self.preprocess["resize_mode"] == "squash"
         mode = InterpolationMode.BICUBIC if self.preprocess["interpolation"] == "bicubic" else InterpolationMode.BILINEAR
         if list(image_3HW.shape[-2:]) != [side, side]:
             image_3HW = pictures.resize(image_3HW, [side, side] if squash else [side], interpolation=mode, antialias=True)
-        return image_3HW if squash else pictures.center_crop(image_3HW, [side, side])
+        pixels_3SS: Tensor = pictures.center_crop(image_3HW, [size, size])
+        return pixels_3SS
 
 
 class Classifier(nn.Module):
-    """Image tower, L2-normalised features, linear head."""
+    """Image tower, features (of unit length for CLIP), linear head."""
 
-    def __init__(self, body: nn.Module, features: int, classes: int) -> None:
+    def __init__(self, body: nn.Module, features: int, classes: int, *, unit: bool) -> None:
         super().__init__()
         self.body = body
         self.head = nn.Linear(features, classes)
+        self.unit = unit
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
-        logits_BC: Tensor = self.head(functional.normalize(self.body(images_B3SS), dim=-1))
+        features_BD = self.body(images_B3SS)
+        logits_BC: Tensor = self.head(functional.normalize(features_BD, dim=-1) if self.unit else features_BD)
         return logits_BC
 
 
 def build(config: dict[str, Any]) -> Classifier:
     """The architecture in `model.json`, with random weights."""
-    if config["kind"] != "open_clip":
-        raise ValueError(f"this model file builds open_clip classifiers, model.json says {config['kind']!r}")
-    arch = config["arch"]
-    body = _build_vision_tower(arch["embed_dim"], dict(arch["vision_cfg"]), arch.get("quick_gelu", False))
-    return Classifier(body, arch["embed_dim"], len(config["classes"]))
+    kind, arch = config["kind"], config["arch"]
+    if kind == "open_clip":
+        body = _build_vision_tower(arch["embed_dim"], dict(arch["vision_cfg"]), arch.get("quick_gelu", False))
+        return Classifier(body, arch["embed_dim"], len(config["classes"]), unit=True)
+    if kind == "timm":
+        body = timm.create_model(arch["name"], pretrained=False, num_classes=0)
+        return Classifier(body, body.head_hidden_size, len(config["classes"]), unit=False)
+    raise ValueError(f"this model file builds open_clip and timm classifiers, model.json says {kind!r}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from stockpot.config import Closed, GateSpec, PinnedSnapshot, Sweep
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import logits
-from stockpot.models import ModelConfig, build, load_state
+from stockpot.models.classifier import ModelConfig, build
+from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, GateDecision
 from stockpot.soup.statistics import bootstrap, calibration_error, mcnemar, right
 

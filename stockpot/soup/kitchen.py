@@ -17,7 +17,8 @@ from stockpot.data.node_cache import cache_root
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import normalise
-from stockpot.models import build, load_state
+from stockpot.models.classifier import build
+from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, Scores
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine

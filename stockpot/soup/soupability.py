@@ -15,7 +15,7 @@ from stockpot.config import Init
 from stockpot.errors import IngredientMismatch, ModelError, TooFewIngredients
 from stockpot.evaluation import accuracy
 from stockpot.ledger import tracking
-from stockpot.models import ModelConfig
+from stockpot.models.classifier import ModelConfig
 from stockpot.outcomes import Ingredient
 from stockpot.soup.recipes.averaging import first_non_finite
 from stockpot.soup.recipes.weights import Weights, difference, open_weights

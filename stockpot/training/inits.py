@@ -23,17 +23,23 @@ from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical, digest, file_digest
 from stockpot.errors import ModelError, ObjectExists
 from stockpot.evaluation import features
-from stockpot.models import Base, Classifier, ModelConfig, build, load_base, load_state
+from stockpot.models.bases import Base, load_base
+from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.loading import load_state
 
 PROBE_SD = 10.0
 """Standard deviation of the Gaussian prior around the starting head, which makes the probe's optimum unique where classes are separable.
-Wide: a CLIP head's rows are 14 to 100 long, over 64 to 1024 features."""
+Wide: a CLIP head's rows are 14 to 100 long, over 64 to 1024 features. Features are of unit length, by nature or in the mean square."""
+GRADIENT = 1e-7
+"""Largest slope of the mean loss at the probe's optimum."""
+ROUNDS = 10
+"""A probe that has not converged after so many thousand iterations of L-BFGS is refused."""
 
 
 def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str) -> Init:
     """Build the init, or find the one already built from the same base, spec and snapshot.
 
-    Raises `ModelError` for a base that cannot be built and for a zero-shot head without a text tower.
+    Raises `ModelError` for a base that cannot be built, a zero-shot head without a text tower, and a probe that does not converge.
     """
     root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest])[:12]}"
     if storage.exists(f"{root}/init.json"):
@@ -74,25 +80,32 @@ def _committed(root: str) -> Init:
 def _build(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot) -> tuple[ModelConfig, Classifier]:
     classes = open_snapshot(snapshot).classes
     loaded = load_base(base, seed=spec.seed)
-    config = ModelConfig(kind="open_clip", arch=loaded.arch, preprocess=loaded.preprocess, classes=classes)
+    config = loaded.config(classes)
     classifier = build(config)
-    weight_CD, bias_C = _start(loaded, spec, classes, classifier)
+    weight_CD, bias_C = _start(loaded, base, spec, classifier)
     load_state(classifier, {**loaded.body_state(), "head.weight": weight_CD, "head.bias": bias_C})
     if spec.head == "linear_probe":
         split = pixels(open_snapshot(snapshot), "train", config.preprocess)
         features_ND = features(classifier, split.images, config.preprocess)
-        weight_CD, bias_C = linear_probe(features_ND, np.asarray(split.labels), weight_CD, bias_C)
+        unit = torch.ones(()) if config.kind == "open_clip" else features_ND.square().sum(dim=1).mean().sqrt()
+        weight_CD, bias_C = linear_probe(features_ND / unit, np.asarray(split.labels), weight_CD, bias_C)
+        weight_CD /= unit
         classifier.head.load_state_dict({"weight": weight_CD, "bias": bias_C})
     return config, classifier
 
 
-def _start(loaded: Base, spec: InitSpec, classes: tuple[str, ...], classifier: Classifier) -> tuple[Tensor, Tensor]:
-    """The head before any fitting: zero-shot, or random from the seed."""
+def _start(loaded: Base, base: BaseSpec, spec: InitSpec, classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """The head before any fitting: random from the seed, zero-shot where there is a text tower, else zero, for a probe to start from."""
+    classes = classifier.config.classes
     shape = (len(classes), classifier.head.in_features)
     if spec.head == "random":
         generator = torch.Generator().manual_seed(spec.seed)
         return torch.randn(shape, generator=generator) * shape[1] ** -0.5, torch.zeros(shape[0])
-    return loaded.zero_shot_head(classes, spec.templates), torch.zeros(shape[0])
+    if loaded.text is not None:
+        return loaded.text.zero_shot_head(classes, spec.templates), torch.zeros(shape[0])
+    if spec.head == "zero_shot":
+        raise ModelError(f"`{base.arch}` has no text tower, a zero_shot head needs one; ask for the head `linear_probe` or `random`.")
+    return torch.zeros(shape), torch.zeros(shape[0])
 
 
 def linear_probe(
@@ -107,7 +120,7 @@ def linear_probe(
     head_CD = start_CD.clone().requires_grad_()
     labels = torch.as_tensor(labels_N)
     search = torch.optim.LBFGS(
-        [head_CD], max_iter=1000, history_size=20, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
+        [head_CD], max_iter=1000, history_size=20, tolerance_grad=GRADIENT, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
@@ -121,6 +134,16 @@ def linear_probe(
             loss = loss.detach() + part.detach()
         return loss
 
-    search.step(closure)  # type: ignore[no-untyped-call]
+    for _ in range(ROUNDS):
+        search.step(closure)  # type: ignore[no-untyped-call]
+        closure()  # the search may have left the slope of a point it did not take
+        slope = float(head_CD.grad.abs().max()) if head_CD.grad is not None else 0.0
+        if slope <= GRADIENT:
+            break
+    else:
+        raise ModelError(
+            f"The linear probe's slope is {slope:.1e} after {ROUNDS * 1000:,} iterations, needed is {GRADIENT:.0e}: the base model's "
+            "features are no fit numbers; look at its preprocessing, or ask for another head."
+        )
     found = head_CD.detach().float()
     return found[:, :-1].contiguous(), found[:, -1].contiguous()

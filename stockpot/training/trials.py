@@ -19,7 +19,8 @@ from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
-from stockpot.models import Classifier, build, load_state
+from stockpot.models.classifier import Classifier, build
+from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
 from stockpot.training import inits
 from stockpot.training.attempts import Attempt

@@ -19,7 +19,7 @@ from stockpot.data.images import decode, eval_transform
 from stockpot.digests import canonical
 from stockpot.evaluation import logits
 from stockpot.ledger import served_model
-from stockpot.models import ModelConfig, build
+from stockpot.models.classifier import ModelConfig, build
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, png
 
 

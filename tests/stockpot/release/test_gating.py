@@ -4,7 +4,7 @@ compared are not."""
 import pytest
 
 from stockpot.config import GateSpec
-from stockpot.models import ModelConfig
+from stockpot.models.classifier import ModelConfig
 from stockpot.release.gating import Answers, Evidence, incomparable, judge
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS
 
