@@ -7,6 +7,7 @@ imported; the latter pins older numpy and huggingface-hub, so give it a folder o
 `PYTHONPATH=DIR make bench`.
 """
 
+import hashlib
 import multiprocessing
 import os
 import statistics
@@ -15,6 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ import torch
 
 from benchmarks import _readers
 from benchmarks._photos import CLASSES, photos
+from stockpot import storage
+from stockpot.data.node_cache import NodeCache
 from stockpot.data.publishing import GivenSamples, Sample, publish
-from stockpot.data.shards import TrainReader, pixels
+from stockpot.data.shards import FETCHED_AT_ONCE, TrainReader, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot
+from stockpot.evaluation import normalise
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.object_store import ObjectStore, client, object_store
 
@@ -44,7 +49,7 @@ def measure() -> dict[str, dict[str, Any]]:
         snapshot = open_snapshot(pinned)
         print(f"{PHOTOS} photos in {len(snapshot.manifest.shards)} shards, {_bytes(snapshot) / 1e6:.0f} MB", file=sys.stderr)
         found = _told(_reading(snapshot, [photo.image for photo in given], Path(scratch)))
-        found |= _told(_filling(snapshot, store, Path(scratch)))
+        found |= _told(_filling(store, Path(scratch)))
         found |= _told(_rereading(snapshot, Path(scratch)))
         found |= _told(_cold_trials(snapshot, store, Path(scratch)))
     return found | _told(_memory())
@@ -80,51 +85,94 @@ def _reading(snapshot: Snapshot, images: list[bytes], scratch: Path) -> dict[str
     return found
 
 
-def _filling(snapshot: Snapshot, store: ObjectStore, scratch: Path) -> dict[str, dict[str, Any]]:
-    plain = client(store)
-    urls = [plain.sign(snapshot.shard_uri(number)) for number in range(len(snapshot.manifest.shards))]
+def _filling(store: ObjectStore, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Twelve objects of 16 MiB: GETs that keep nothing, GETs hashed and stored with nothing of ours, and the node cache."""
+    objects = {store.uri("fill", f"{number}.tar"): np.random.default_rng(number).bytes(16 * 2**20) for number in range(12)}
+    sha256 = {uri: hashlib.sha256(data).hexdigest() for uri, data in objects.items()}
+    for uri, data in objects.items():
+        storage.write_bytes(uri, data)
+    urls = [client(store).sign(uri) for uri in objects]
 
-    def get() -> None:
-        for url in urls:
-            with urllib.request.urlopen(url) as answer:
-                while answer.read(2**20):
-                    pass
+    def get(url: str, sink: Callable[[bytes], object] = len) -> None:
+        with urllib.request.urlopen(url) as answer:
+            while piece := answer.read(2**20):
+                sink(piece)
 
-    def fill() -> None:
-        with _cold(scratch):
-            for number in range(len(urls)):
-                assert not snapshot.fetch_shard(number).hit
+    def get_hash_store(url: str) -> None:
+        sha256 = hashlib.sha256()
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            get(url, lambda piece: (sha256.update(piece), file.write(piece)))
+            file.flush()
+            os.fsync(file.fileno())
 
-    rounds = [{"get": _timed(get), "fill": _timed(fill)} for _ in range(ROUNDS + 1)][1:]
-    return {"data.cold_fill_vs_get": _figure(rounds, "get", "fill", "raw HTTP GET of the same objects, nothing stored or hashed")}
+    def fill(uri: str) -> None:
+        assert not NodeCache().ensure(uri, sha256[uri], 16 * 2**20).hit
+
+    def round_() -> dict[str, float]:
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool, _cold(scratch):
+            return {
+                "one": _timed(lambda: [get(url) for url in urls]),
+                "get": _timed(lambda: list(pool.map(get, urls))),
+                "bound": _timed(lambda: list(pool.map(get_hash_store, urls))),
+                "hash": _timed(lambda: [hashlib.sha256(data) for data in objects.values()]),
+                "fill": _timed(lambda: list(pool.map(fill, objects))),
+            }
+
+    rounds = [round_() for _ in range(ROUNDS + 1)][1:]
+    ours = f"the node cache: {FETCHED_AT_ONCE} at once, hashed, synced"
+    return {
+        "data.cold_fill_vs_get": _figure(rounds, "one", "fill", f"raw HTTP GET, one after another, nothing kept or hashed; ours is {ours}"),
+        "data.cold_fill_vs_get_4": _figure(rounds, "get", "fill", f"the same GETs, {FETCHED_AT_ONCE} at once"),
+        "data.cold_fill_vs_bound": _figure(rounds, "bound", "fill", f"GET, sha256, write and fsync, {FETCHED_AT_ONCE} at once, no library"),
+        "data.sha256_vs_get": _figure(
+            rounds, "one", "hash", "raw HTTP GET, one after another; sha256 of the same bytes in memory, one core"
+        ),
+    }
 
 
 def _rereading(snapshot: Snapshot, scratch: Path) -> dict[str, dict[str, Any]]:
-    mean = torch.tensor(_readers.PREPROCESS.mean).view(1, 3, 1, 1)
-    std = torch.tensor(_readers.PREPROCESS.std).view(1, 3, 1, 1)
-    room = torch.empty(_readers.BATCH, 3, 224, 224, dtype=torch.uint8)
+    """The first pass over a split on a fresh node against every later one, as model input and as it is stored; all on two threads. Beside
+    it the pass of whoever keeps no pixels: webdataset over s3fs with open_clip's transform, in two workers."""
+    room = torch.empty(16, 3, 224, 224)
+    kept = torch.empty(16, 3, 224, 224, dtype=torch.uint8)
+    obvious = _readers.Obvious(snapshot)
+    obvious.epoch()
 
     def read(step: Callable[[torch.Tensor], object]) -> None:
-        images = pixels(snapshot, "train", _readers.PREPROCESS).images
-        for at in range(0, len(images), _readers.BATCH):
-            step(torch.from_numpy(np.asarray(images[at : at + _readers.BATCH])))
+        images = pixels(Snapshot(snapshot.uri, snapshot.manifest), "train", _readers.PREPROCESS).images
+        for at in range(0, len(images), 16):
+            step(torch.from_numpy(np.array(images[at : at + 16])))
 
     def as_float(batch: torch.Tensor) -> object:
-        return batch.float().div_(255).sub_(mean).div_(std)
+        return normalise(batch, _readers.PREPROCESS, room)
 
     def as_uint8(batch: torch.Tensor) -> object:
-        return room[: len(batch)].copy_(batch)
+        return kept[: len(batch)].copy_(batch)
 
-    rounds = []
-    for _ in range(ROUNDS):
+    def round_() -> dict[str, float]:
         with _cold(scratch):
-            first = _timed(lambda: read(as_float))
-            rounds.append({"first": first, "float": _timed(lambda: read(as_float)), "uint8": _timed(lambda: read(as_uint8))})
-    first = "our own first pass: fetch, decode, resize, store, then read as float"
+            return {"first": _timed(lambda: read(as_float))} | _in_threads(
+                _readers.WORKERS, lambda: {"float": _timed(lambda: read(as_float)), "uint8": _timed(lambda: read(as_uint8))}
+            )
+
+    rounds = [round_() | {"obvious": obvious.epoch()} for _ in range(ROUNDS)]
+    first, anew = (
+        "its first pass on a fresh node: fetch, decode, resize, store, normalise",
+        "webdataset over s3fs with open_clip's transform",
+    )
     return {
         "data.held_out_reread_float": _figure(rounds, "first", "float", first),
         "data.held_out_reread_uint8": _figure(rounds, "first", "uint8", first),
+        "data.held_out_reread_float_vs_obvious": _figure(rounds, "obvious", "float", anew),
     }
+
+
+def _in_threads(count: int, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    torch.set_num_threads(count)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(1)
 
 
 def _cold_trials(snapshot: Snapshot, store: ObjectStore, scratch: Path) -> dict[str, dict[str, Any]]:

@@ -2,32 +2,25 @@
 
 Client: s3fs (fsspec), opened lazily in the process that uses it, so it survives fork and forkserver. Configured only by the standard
 `AWS_*` environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`, a profile or a role:
-botocore's own order). Bodies are read here, not by `s3fs.get_file`: that one is unguarded by If-Match, does not resume, and leaves
-a full-size file of zeros when it is killed.
+botocore's own order). Bodies are read by `stockpot.s3_bodies`.
 """
 
-import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import aiohttp
-import fsspec.asyn
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from fsspec.exceptions import FSTimeoutError
 
-from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused, Transient
+from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused
 
 CONNECT_S, CALL_S = 4, 60
-SILENCE_S = 10
-"""Longest wait for the next bytes of a body before the connection counts as dead."""
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
-READ_BYTES = 2**20
 
 # numbers only: an instance is made anew when the environment or the process changes
 _ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
@@ -42,12 +35,6 @@ class StoredObject(NamedTuple):
     modified: datetime
 
 
-class Interrupted(StorageError, Transient):
-    """A body stopped before its end; `Body.read_into` may be called again from where it stopped. `silent`: by silence, not by a cut."""
-
-    silent = False
-
-
 def filesystem() -> s3fs.S3FileSystem:
     """This process's client for the current `AWS_*` environment."""
     return _filesystem(os.getpid(), tuple(os.environ.get(name) for name in _ENVIRONMENT))
@@ -57,7 +44,13 @@ def filesystem() -> s3fs.S3FileSystem:
 def _filesystem(pid: int, environment: tuple[str | None, ...]) -> s3fs.S3FileSystem:
     del pid, environment  # the key only
     client = s3fs.S3FileSystem(
-        config_kwargs={"connect_timeout": CONNECT_S, "read_timeout": 15, "retries": {"max_attempts": 1}, "max_pool_connections": 32},
+        config_kwargs={
+            "connect_timeout": CONNECT_S,
+            "read_timeout": 15,
+            "retries": {"max_attempts": 1},
+            "max_pool_connections": 32,
+            "response_checksum_validation": "when_required",  # a CRC in Python; what must be intact is checked against its sha256
+        },
         skip_instance_cache=True,
         use_listings_cache=False,
         max_concurrency=PARTS_AT_ONCE,
@@ -130,56 +123,7 @@ def check(uri: str, timeout_s: float = 4.0) -> None:
     finally:
         client.retries = retries
     if prefix and not page.get("KeyCount", len(page.get("Contents", ()))):
-        raise ObjectMissing(f"Nothing is stored under {uri} ({_where()}); check the spelling, or publish the dataset there first.")
-
-
-class Body:
-    """One object's bytes, read forward and resumed by range after a cut; guarded by If-Match, so a replaced object is an error.
-
-    `read_into(sink)` hands pieces of up to 1 MiB to `sink` until the end. It raises `Interrupted` when the connection ends early
-    or is silent for 10 s; calling it again goes on from `offset`.
-    """
-
-    def __init__(self, uri: str, etag: str | None = None) -> None:
-        self.uri = uri
-        self.offset = 0
-        self.size: int | None = None
-        self.etag = etag
-
-    def read_into(self, sink: Callable[[bytes], Any]) -> None:
-        """Read from `offset` to the end."""
-        client = filesystem()
-        with said(self.uri, SILENCE_S):
-            fsspec.asyn.sync(client.loop, self._read_into, client, sink)
-
-    async def _read_into(self, client: s3fs.S3FileSystem, sink: Callable[[bytes], Any]) -> None:
-        bucket, key = split(self.uri)
-        guard = {"Range": f"bytes={self.offset}-"} if self.offset else {}
-        guard |= {"IfMatch": f'"{self.etag}"'} if self.etag else {}
-        try:
-            answer = await asyncio.wait_for(client._call_s3("get_object", Bucket=bucket, Key=key, **guard), SILENCE_S)
-        except TimeoutError as error:
-            raise self._interrupted(f"no answer for {SILENCE_S} s", silent=True) from error
-        self.etag = answer["ETag"].strip('"')
-        self.size = self.offset + answer["ContentLength"]
-        async with answer["Body"] as body:
-            while self.offset < self.size:
-                try:
-                    piece = await asyncio.wait_for(body.read(READ_BYTES), SILENCE_S)
-                except TimeoutError as error:
-                    raise self._interrupted(f"no byte for {SILENCE_S} s", silent=True) from error
-                except (OSError, BotoCoreError, aiohttp.ClientError) as error:
-                    raise self._interrupted(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-                if not piece:
-                    raise self._interrupted("the connection was closed")
-                sink(piece)
-                self.offset += len(piece)
-
-    def _interrupted(self, reason: str, *, silent: bool = False) -> Interrupted:
-        of = f" of {self.size:,}" if self.size is not None else ""
-        error = Interrupted(f"{self.uri} stopped after {self.offset:,}{of} bytes ({reason}; {_where()}).")
-        error.silent = silent
-        return error
+        raise ObjectMissing(f"Nothing is stored under {uri} ({where()}); check the spelling, or publish the dataset there first.")
 
 
 @contextmanager
@@ -193,28 +137,26 @@ def said(uri: str, timeout_s: float) -> Iterator[None]:
     except FileNotFoundError as error:
         missing = "NoSuchBucket" in str(error.__cause__ or error) or not key
         what = f"There is no bucket `{bucket}`" if missing else f"There is no object {uri}"
-        raise ObjectMissing(f"{what} ({_where()}); check the address, or publish it first.") from error
+        raise ObjectMissing(f"{what} ({where()}); check the address, or publish it first.") from error
     except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
         raise StorageRefused(
-            f"S3 refused access to {uri} ({_credentials()}, {_where()}): {_reason(error)}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            f"S3 refused access to {uri} ({_credentials()}, {where()}): {_reason(error)}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
             "to a key that may use this bucket."
         ) from error
     except (FileExistsError, ClientError, OSError) as error:
         code = _code(error)
         if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
-            raise ObjectExists(
-                f"{uri} was written by another process meanwhile ({_where()}); read it again, or write elsewhere."
-            ) from error
+            raise ObjectExists(f"{uri} was written by another process meanwhile ({where()}); read it again, or write elsewhere.") from error
         if isinstance(error, (FSTimeoutError, TimeoutError)) or not code:
             raise ServerUnreachable(_unreachable(error, timeout_s)) from error
-        raise StorageError(f"S3 answered {code} for {uri} ({_where()}): {_reason(error)}") from error
+        raise StorageError(f"S3 answered {code} for {uri} ({where()}): {_reason(error)}") from error
     except BotoCoreError as error:
         raise ServerUnreachable(_unreachable(error, timeout_s)) from error
 
 
 def _unreachable(error: BaseException, timeout_s: float) -> str:
     reason = _reason(error) if str(error) else f"no answer within {timeout_s:g} s"
-    return f"The object store does not answer ({_where()}): {reason}. Start it, or correct AWS_ENDPOINT_URL."
+    return f"The object store does not answer ({where()}): {reason}. Start it, or correct AWS_ENDPOINT_URL."
 
 
 def _code(error: BaseException) -> str:
@@ -226,7 +168,7 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _where() -> str:
+def where() -> str:
     return f"endpoint {os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL') or 'of AWS'}"
 
 

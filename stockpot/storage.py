@@ -2,7 +2,8 @@
 
 A write is whole or absent: on S3 by its nature, on a file system by temp, fsync and rename (create: by hard link, which refuses an
 existing name).
-S3 lives in `stockpot.s3`; this module only chooses. Raises the errors of `stockpot.errors` under StorageError, and ServerUnreachable.
+S3 lives in `stockpot.s3` and `stockpot.s3_bodies`; this module only chooses. Raises the errors of `stockpot.errors` under StorageError,
+and ServerUnreachable.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stockpot import s3
+from stockpot import s3, s3_bodies
 from stockpot.errors import ObjectExists, ObjectMissing, SnapshotBroken, StorageError, StorageRefused
-from stockpot.s3 import Interrupted, StoredObject
+from stockpot.s3 import StoredObject
+from stockpot.s3_bodies import Interrupted
 
 __all__ = ["Interrupted", "StoredObject", "check", "download", "exists", "fetch", "join", "list_prefix", "read_bytes", "remove"]
 __all__ += ["upload", "write_bytes"]
@@ -58,7 +60,7 @@ def fetch(uri: str, sink: Callable[[bytes], Any], *, etag: str | None = None) ->
     `etag`, as listed, makes a replaced object an error (`SnapshotBroken`), as does a replacement while reading. Raises `Interrupted` after
     four silences of 10 s, or four attempts without a new byte; `StorageError` when `sink` cannot write.
     """
-    body: s3.Body | _LocalBody = s3.Body(uri, etag) if _remote(uri) else _LocalBody(uri, etag)
+    body: s3_bodies.Body | _LocalBody = s3_bodies.Body(uri, etag) if _remote(uri) else _LocalBody(uri, etag)
     retries = fruitless = silences = 0
     while True:
         before = body.offset
@@ -171,7 +173,7 @@ def check(uri: str) -> None:
 
 
 class _LocalBody:
-    """A file's bytes, with the manners of `s3.Body`."""
+    """A file's bytes, with the manners of `s3_bodies.Body`."""
 
     def __init__(self, uri: str, etag: str | None) -> None:
         self.uri = uri

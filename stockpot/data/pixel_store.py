@@ -38,11 +38,11 @@ class Pixels:
 def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
     """Every sample of a split in index order, none skipped. Raises `SkipBudgetExceeded` naming the first unreadable one."""
     start = snapshot.first(split)
-    rows = snapshot.index.rows[start : start + snapshot.counts[split]]
     with NodeCache().hold(snapshot.digest, snapshot.contents):
+        rows = snapshot.index.rows[start : start + snapshot.counts[split]]
         folder = _folder(snapshot, split, preprocess, rows)
         images = np.load(folder / "images.npy", mmap_mode="r")
-    keys = tuple(snapshot.index.keys(start, start + len(rows)))
+        keys = tuple(snapshot.index.keys(start, start + len(rows)))
     if not len(images) == len(rows) == len(keys):
         raise SnapshotBroken(f"{folder} holds {len(images):,} pictures of {split}, the manifest says {len(rows):,}; remove the folder.")
     return Pixels(images, rows["label"].astype(np.int64), keys, transform_digest(preprocess))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stockpot import s3 as s3_module
+from stockpot import s3_bodies
 from stockpot.data.shards import TrainReader, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.errors import ServerUnreachable, SnapshotBroken, StockpotError, StorageError
@@ -43,7 +43,7 @@ def proxy(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyPr
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds instead of tens of them; one test runs with the real ones."""
-    monkeypatch.setattr(s3_module, "SILENCE_S", 2)
+    monkeypatch.setattr(s3_bodies, "SILENCE_S", 2)
 
 
 def read_all(snapshot: Snapshot, reading: str = "cached") -> TrainReader:
