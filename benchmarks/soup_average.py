@@ -2,11 +2,15 @@
 arithmetic, timm's, mergekit's linear method, and reading the bytes once; and the memory it takes.
 
 The peers' lines are restated here from what their scripts do (mlfoundations/model-soups `main.py`; timm `avg_checkpoints.py`); mergekit is
-run itself where it can be imported (it is LGPL and no dependency of ours). All in one process on warm files, peers and ours in turn; the
-ratio is of the medians, the spread is the range of the pairwise ratios.
+run itself, in a process of its own (it is LGPL and no dependency of ours, and its libraries are older). To get it, in the repository root:
+
+    .venv/bin/uv pip install --python .venv/bin/python --target .stockpot/peers/mergekit --no-deps \\
+        mergekit==0.1.5 'transformers>=5,<6' tokenizers huggingface-hub immutables accelerate peft datasets
+
+All on warm files, peers and ours in turn; the ratio is of the medians, the spread is the range of the pairwise ratios. No figure but
+`_written` includes writing the result.
 """
 
-import importlib.util
 import json
 import os
 import statistics
@@ -15,8 +19,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
 
 FILES = 8
-REPEATS = 3
+REPEATS = 5
 
 
 def measure() -> dict[str, dict[str, Any]]:
@@ -43,11 +48,12 @@ def measure() -> dict[str, dict[str, Any]]:
             "soup.average_vs_timm": lambda: _timm(folder),
             "soup.average_vs_read": lambda: _read(folder),
         }
-        found = _against(peers, lambda: _ours(folder))
-        if importlib.util.find_spec("mergekit"):
-            found |= _against({"soup.average_vs_mergekit": lambda: _mergekit(folder)}, lambda: _ours_written(folder))
-        else:
-            print("soup.average_vs_mergekit: mergekit cannot be imported here, not measured", file=sys.stderr)
+        with _mergekit(folder) as merge:
+            if merge:
+                peers["soup.average_vs_mergekit"] = lambda: merge("arithmetic")
+            found = _against(peers, lambda: _ours(folder))
+            if merge:
+                found |= _against({"soup.average_vs_mergekit_written": lambda: merge("written")}, lambda: _ours_written(folder))
         found |= _memory(folder, size)
     return found
 
@@ -116,17 +122,28 @@ def _timm(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.div_(FILES).to(torch.float32) for name, tensor in total.items()}
 
 
-def _mergekit(folder: Path) -> None:
-    """Its own plan and executor, in raw mode; it writes its result, so it is compared with ours written."""
-    from mergekit.graph import Executor  # type: ignore[import-not-found]
-    from mergekit.options import MergeOptions  # type: ignore[import-not-found]
-    from mergekit.scripts import merge_raw_pytorch as raw  # type: ignore[import-not-found]
+@contextmanager
+def _mergekit(folder: Path) -> Iterator[Callable[[str], None] | None]:
+    """Asks the waiting process for one merge; None where mergekit is not installed."""
+    place = Path(".stockpot/peers/mergekit").absolute()
+    if not (place / "mergekit").exists():
+        print("soup.average_vs_mergekit: not installed, not measured (see the module's docstring)", file=sys.stderr)
+        yield None
+        return
+    files = [str(folder / f"{number}.safetensors") for number in range(FILES)]
+    command = [sys.executable, str(Path(__file__).with_name("_mergekit.py")), str(folder / "out" / "mergekit"), *files]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(place)}, **pipes) as process:
 
-    raw.SimpleLoaderCache._instance = None
-    models = [{"model": str(folder / f"{number}.safetensors"), "parameters": {"weight": 1.0}} for number in range(FILES)]
-    config = raw.RawPyTorchMergeConfig.model_validate({"merge_method": "linear", "models": models, "dtype": "float32"})
-    tasks = raw.plan_flat_merge(config, str(folder / "out" / "mergekit"), False, False, MergeOptions())
-    Executor(tasks, math_device="cpu", storage_device="cpu").execute()
+        def ask(what: str) -> None:
+            process.stdin.write(f"{what}\n")
+            process.stdin.flush()
+            if not process.stdout.readline():
+                raise RuntimeError(f"mergekit's process ended with exit code {process.wait()}; install it as the docstring says")
+
+        process.stdout.readline()
+        yield ask
+        process.stdin.close()
 
 
 def _read(folder: Path) -> None:
