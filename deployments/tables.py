@@ -25,11 +25,11 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
                 "trial_id": trial.id,
                 **{name: getattr(trial.settings, name) for name in drawn},
                 "held_out": found[trial.id].held_out.value if trial.id in found else None,
-                "in_soup": bool(report and trial.id in report.ingredients),
+                "in_soup": bool(report and {*trial.ingredient_ids} & {*report.ingredients}),
             }
             for trial in sweep.trials
         ],
-        "finished": len(found),
+        "finished": sum(trial.id in found for trial in sweep.trials),
         "report": report.model_dump(mode="json") if report else None,
         "version": version.model_dump(mode="json") if version else None,
     }

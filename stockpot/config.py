@@ -87,13 +87,23 @@ class TrialSettings(Closed):
     weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay; biases and norms are exempt.")
     epochs: int = Field(10, ge=1, le=10_000, description="Passes over the train split.")
     max_steps: int | None = Field(
-        None, ge=1, description="Optimiser steps after which training ends, before its epochs do. The schedule ends there too."
+        None,
+        ge=0,
+        description="Optimiser steps after which training ends, before its epochs do. The schedule ends there too. 0: the init itself, "
+        "evaluated and never trained.",
     )
     batch_size: int = Field(512, ge=1, description="Images per optimiser step, over all devices of the trial.")
     micro_batch: int | None = Field(
         None, ge=1, description="Images per forward pass; their gradients are summed up to the batch. None: the whole batch at once."
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 computes under autocast; weights and optimiser stay in fp32.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="bf16 and fp16 compute under autocast; weights and optimiser stay in fp32. fp16 scales the loss, and leaves out steps "
+        "whose gradients overflow.",
+    )
+    compile: bool = Field(
+        False, description="Compile the forward pass (torch.compile). A model that does not compile whole fails the trial with the reason."
+    )
     optimiser: Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"] = Field(
         "adamw", description="Update rule. adam couples its weight decay to the gradient; sgd and rmsprop have momentum 0.9."
     )
@@ -126,11 +136,35 @@ class TrialSettings(Closed):
     smallest_crop: Fraction | None = Field(
         None, gt=0, description="Smallest share of the image's area that a crop keeps. None: 0.9 for minimal, timm's 0.08 for the others."
     )
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Decay per step of the weights' moving average, which then is the ingredient; 0 is off."
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each block to the one before it: the head has the full rate, the embeddings the "
+        "lowest. 1 gives all layers one rate.",
+    )
+    frozen: tuple[str, ...] = Field(
+        (), description="Parameters that stay as the init has them, by name with wildcards, such as `head.*` or `body.conv1.*`."
+    )
+    ema_decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (),
+        description="Decays per step of moving averages of the weights, such as 0.999. Each average is one more candidate ingredient of "
+        "the trial, and costs the memory of the weights.",
+    )
+    evaluate_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations on held_out. The best weights so far, the earlier of equals, become the ingredient, for "
+        "each moving average too. None: the last weights do.",
     )
     clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
     seed: int = Field(0, ge=0, description="Order of samples and augmentation of this trial.")
+
+    @model_validator(mode="after")
+    def _averages_differ(self) -> Self:
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays {list(self.ema_decays)} has a decay twice; keep one of them")
+        return self
 
 
 class Choice(Closed):
@@ -207,6 +241,9 @@ class SweepSpec(Closed):
         description="Values for any field of the settings; every combination is one trial, and `trials` is their number. "
         "Fields of the space are drawn beside it.",
     )
+    init_as_ingredient: bool = Field(
+        False, description="The init itself as one more trial, which is evaluated and never trained, as in the paper's extreme grid."
+    )
 
     @model_validator(mode="after")
     def _space_and_grid_name_settings(self) -> Self:
@@ -272,6 +309,12 @@ class FanOutSpec(Closed):
         description="Seconds between training states in the store: a killed trial loses at most these. On SIGTERM one is written at once.",
     )
     retry_delay_s: int = Field(30, ge=1, le=3600, description="Seconds between a crash and the next attempt.")
+    budget_s: int | None = Field(
+        None,
+        ge=1,
+        description="Seconds after which an attempt saves its training state and ends, for the next attempt to go on from there, as on a "
+        "node that is lent by the hour. Each counts as one of `attempts`. None: no limit.",
+    )
 
 
 class RetrainRequest(Closed):
@@ -349,6 +392,16 @@ class Trial(Closed):
     skip_fraction: float = 0.0
     reading: Literal["auto", "cached", "streamed"] = "auto"
     state_interval_s: int = 300
+    budget_s: int | None = None
+
+    def ingredient_id(self, ema_decay: float = 0.0) -> str:
+        """The id of the ingredient the trial leaves: its own, or that of a moving average of its weights."""
+        return f"{self.id}-ema-{ema_decay!r}" if ema_decay else self.id
+
+    @property
+    def ingredient_ids(self) -> tuple[str, ...]:
+        """Every ingredient the trial leaves."""
+        return tuple(self.ingredient_id(decay) for decay in (0.0, *self.settings.ema_decays))
 
 
 class Sweep(Closed):

@@ -4,7 +4,8 @@ StockpotError                    a stated failure: the command line prints the m
 ├── BadRequest                   a request no machine could carry out
 ├── Transient                    worth another attempt later, unchanged
 │   ├── ServerUnreachable        Prefect, MLflow or the object store does not answer
-│   └── DeviceBusy               every GPU of the node is held by another trial
+│   ├── DeviceBusy               every GPU of the node is held by another trial
+│   └── BudgetSpent              a trial has had its time; its state is saved for the next attempt
 ├── StorageError                 the object store answered, but not with what was asked
 │   ├── StorageRefused           credentials, bucket or permission
 │   ├── ObjectMissing            no such object, or an empty prefix
@@ -45,6 +46,10 @@ class ServerUnreachable(Transient):
 
 class DeviceBusy(Transient):
     """Every GPU of the node is held by another trial."""
+
+
+class BudgetSpent(Transient):
+    """A trial has had its time; its state is saved for the next attempt."""
 
 
 class StorageError(StockpotError):

@@ -21,8 +21,9 @@ class Accuracy(Closed):
 class Ingredient(Closed):
     """A finished trial, as the ledger knows it."""
 
-    trial_id: str
+    trial_id: str = Field(description="Of its trial; a moving average's has `-ema-` and its decay behind it.")
     index: int
+    ema_decay: float = Field(0.0, description="Of the moving average these weights are; 0 is the trained weights themselves.")
     model_id: str = Field(description="MLflow LoggedModel that holds the weights, logits and card.")
     mlflow_run_id: str
     weights_sha256: str

@@ -26,9 +26,15 @@ from stockpot.config import (
 from stockpot.digests import short
 from stockpot.errors import BadRequest
 
+UNTRAINED = TrialSettings(max_steps=0)
+"""The settings of the init as an ingredient: the same for every sweep, so it is evaluated once."""
+
 
 def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
-    """The settings of every trial of a sweep, in order. Raises `BadRequest` when the space cannot give that many different trials."""
+    """The settings of every trial of a sweep, in order; the init's, where it is one, last.
+
+    Raises `BadRequest` when the space cannot give that many different trials.
+    """
     drawn: list[TrialSettings] = []
     for index in range(spec.trials):
         settings = _settings(spec, index)
@@ -38,7 +44,7 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
                 "trials. Ask for fewer trials, or draw another field."
             )
         drawn.append(settings)
-    return tuple(drawn)
+    return (*drawn, UNTRAINED) if spec.init_as_ingredient else tuple(drawn)
 
 
 def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
@@ -58,6 +64,7 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
             skip_fraction=request.data.skip_fraction,
             reading=request.data.reading,
             state_interval_s=request.fan_out.state_interval_s,
+            budget_s=request.fan_out.budget_s,
         )
         for index, settings in enumerate(draw(request.sweep))
     )

@@ -54,6 +54,7 @@ def finished_trials(sweep: Sweep) -> dict[str, str]:
     return {
         one.trial_id: f"{one.held_out.value:.4f} ({one.held_out.correct} of {one.held_out.seen})"
         for one in tracking.find_ingredients(sweep)
+        if not one.ema_decay
     }
 
 

@@ -23,6 +23,7 @@ from stockpot.config import (
     SoupSpec,
     Sweep,
     SweepSpec,
+    TrialSettings,
 )
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
@@ -79,15 +80,23 @@ def lay_ground(folder: Path) -> Ground:
     return Ground(data=data, init=Init(uri=str(init_folder), digest=sha256), folder=str(folder))
 
 
-def tiny_sweep(ground: Ground, model: str, trials: int = 5, soup: SoupSpec | None = None) -> Sweep:
+def tiny_sweep(
+    ground: Ground,
+    model: str,
+    trials: int = 5,
+    soup: SoupSpec | None = None,
+    *,
+    settings: TrialSettings | None = None,
+    store: str | None = None,
+) -> Sweep:
     """A planned sweep, opened in the ledger."""
     uri = ground.data.snapshot.uri
     request = RetrainRequest(
         model=model,
-        store=ground.folder,
+        store=store or ground.folder,
         data=DataSpec(snapshot=uri),
         base=BaseSpec(arch="own"),
-        sweep=SweepSpec(trials=trials),
+        sweep=SweepSpec(trials=trials, settings=settings or TrialSettings()),
         soup=soup or SoupSpec(),
     )
     sweep = plan(request, ground.data, ground.init)

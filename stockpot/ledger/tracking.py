@@ -21,7 +21,7 @@ from mlflow.exceptions import RestException
 
 from stockpot.config import PinnedSnapshot, Sweep, Trial
 from stockpot.digests import file_digest
-from stockpot.errors import IngredientMismatch, ServerUnreachable
+from stockpot.errors import BudgetSpent, IngredientMismatch, ServerUnreachable
 from stockpot.ledger.connection import (
     address,
     asking,
@@ -105,10 +105,11 @@ def find_ingredient(model: str, trial_id: str) -> Ingredient | None:
 
 
 def find_ingredients(sweep: Sweep) -> list[Ingredient]:
-    """The ingredients of a sweep's finished trials, in the sweep's order, each with its place in this sweep."""
+    """The ingredients of a sweep's finished trials, moving averages after each, in the sweep's order, each with its place in this sweep."""
     with asking():
         known = {one.trial_id: one for one in reversed(_ingredients(sweep.request.model, f"tags.`stockpot.init` = '{sweep.init.digest}'"))}
-    return [known[trial.id].model_copy(update={"index": trial.index}) for trial in sweep.trials if trial.id in known]
+    finished = [trial for trial in sweep.trials if trial.id in known]  # a trial's own ingredient is recorded last
+    return [known[name].model_copy(update={"index": trial.index}) for trial in finished for name in trial.ingredient_ids if name in known]
 
 
 def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
@@ -217,7 +218,8 @@ class TrialLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._sampler.close()
         left = self._spool.close()
-        status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
+        interrupted = isinstance(error, BudgetSpent) or not isinstance(error, Exception)
+        status = "FINISHED" if error is None else "KILLED" if interrupted else "FAILED"
         reason = "" if error is None else (str(error) or type(error).__name__)[:5000]
         try:
             with asking():
@@ -243,30 +245,32 @@ class TrialLog:
         now = _now_ms()
         self._spool.add([Point(name, float(value), now, step) for name, value in values.items()])
 
-    def record_ingredient(self, folder: Path, held_out: Accuracy, *, transform_digest: str, seconds: float, step: int = 0) -> Ingredient:
+    def record_ingredient(
+        self, folder: Path, held_out: Accuracy, *, transform_digest: str, seconds: float, step: int = 0, ema_decay: float = 0.0
+    ) -> Ingredient:
         """Store what the trial made (`INGREDIENT_FILES` in `folder`) as a LoggedModel. The tag written last makes it exist.
 
-        seconds: of the whole trial. Raises `IngredientMismatch` when a file is missing, `ServerUnreachable`.
+        seconds: of the whole trial. ema_decay: of the moving average it is. Raises `IngredientMismatch` when a file is missing,
+        `ServerUnreachable`.
         """
         for name in INGREDIENT_FILES:
             if not (folder / name).exists():
                 raise IngredientMismatch(f"Trial {self.trial.id} hands over no {name}; an ingredient is {', '.join(INGREDIENT_FILES)}.")
         with asking():
-            return self._record(folder, held_out, transform_digest, seconds, step)
+            return self._record(folder, held_out, transform_digest, seconds, step, ema_decay)
 
-    def _record(self, folder: Path, held_out: Accuracy, transform_digest: str, seconds: float, step: int) -> Ingredient:
-        trial, ledger = self.trial, client()
-        tags = {"stockpot.trial": trial.id, "stockpot.sweep": trial.sweep_id, "stockpot.init": trial.init.digest}
-        model = ledger.create_logged_model(
-            experiment(trial.model), f"trial-{trial.index:03d}-{trial.id}", self.mlflow_run_id, tags=tags, model_type="stockpot.ingredient"
-        )
+    def _record(self, folder: Path, held_out: Accuracy, transform_digest: str, seconds: float, step: int, ema_decay: float) -> Ingredient:
+        trial, ledger, own = self.trial, client(), self.trial.ingredient_id(ema_decay)
+        tags = {"stockpot.trial": own, "stockpot.sweep": trial.sweep_id, "stockpot.init": trial.init.digest}
+        title = f"trial-{trial.index:03d}-{own}".replace(".", "_")  # a LoggedModel's name takes no dot
+        model = ledger.create_logged_model(experiment(trial.model), title, self.mlflow_run_id, tags=tags, model_type="stockpot.ingredient")
         ledger.log_model_artifacts(model.model_id, str(folder))
         ledger.finalize_logged_model(model.model_id, "READY")
         ledger.log_outputs(self.mlflow_run_id, [LoggedModelOutput(model.model_id, step)])
         name, cut = "held_out", trial.snapshot.digest[:36]
         ledger.log_metric(
             self.mlflow_run_id,
-            "held_out/accuracy",
+            f"held_out/accuracy-ema-{ema_decay!r}" if ema_decay else "held_out/accuracy",
             held_out.value,
             step=step,
             model_id=model.model_id,
@@ -274,8 +278,9 @@ class TrialLog:
             dataset_digest=cut,
         )
         ingredient = Ingredient(
-            trial_id=trial.id,
+            trial_id=own,
             index=trial.index,
+            ema_decay=ema_decay,
             model_id=model.model_id,
             mlflow_run_id=self.mlflow_run_id,
             weights_sha256=file_digest(folder / INGREDIENT_FILES[0]),

@@ -68,7 +68,7 @@ def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
         cooked = set() if report is None else {point.trial_id for point in report.trials} | set(report.excluded)
         registered = report is not None and registry.find_version(model, report.soup_sha256) is not None
         if summary.status == "RUNNING" or not registered or not {one.trial_id for one in finished} <= cooked:
-            trials |= {trial.id for trial in sweep.trials} | set(report.ingredients if report else ())
+            trials |= {name for trial in sweep.trials for name in trial.ingredient_ids} | set(report.ingredients if report else ())
         if report is not None:
             soups.add(report.model_id)
         best = sorted(finished, key=lambda one: (-one.held_out.correct, one.trial_id))

@@ -76,7 +76,7 @@ def _decisions(report: SoupReport) -> str:
 
 
 def _trials(report: SoupReport, sweep: Sweep) -> str:
-    settings = {trial.id: trial.settings for trial in sweep.trials}
+    settings = {name: trial.settings for trial in sweep.trials for name in trial.ingredient_ids}
     drawn = sorted({"learning_rate", *sweep.request.sweep.space})
     rows = []
     for point in sorted(report.trials, key=lambda one: -one.scores.held_out.correct):

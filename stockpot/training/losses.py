@@ -1,4 +1,5 @@
-"""What is minimised, and the mixing of images that goes with it. A batch is mixed with its own mirror image, as timm does.
+"""What is minimised, and the mixing of images that goes with it. An image's partner is half a batch away, so the devices
+of one trial, which hold every n-th image each, mix the pairs that one device would.
 
 mixup: Zhang et al. 2018 (arXiv:1710.09412). CutMix: Yun et al. 2019 (arXiv:1905.04899).
 """
@@ -21,12 +22,17 @@ Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(logits (B, C), labels (B), labels of the partners (B), share of the label's own image) to the mean over the batch."""
 
 
+def partners(samples_B: Tensor) -> Tensor:
+    """What every sample of a batch is mixed with: the sample half a batch on, and back again where the batch is even."""
+    return samples_B.roll(len(samples_B) // 2, 0)
+
+
 def mix(images_B3HW: Tensor, settings: TrialSettings, rng: random.Random) -> tuple[Tensor, float]:
-    """The batch mixed with its mirror image, by mixup or CutMix where the settings ask, and the share that is left of every image."""
+    """The batch mixed with its partners, by mixup or CutMix where the settings ask, and the share that is left of every image."""
     mixup, cutmix = settings.mixup, settings.cutmix
     if mixup > 0 and (cutmix <= 0 or rng.random() < 0.5):
         share = rng.betavariate(mixup, mixup)
-        return share * images_B3HW + (1 - share) * images_B3HW.flip(0), share
+        return share * images_B3HW + (1 - share) * partners(images_B3HW), share
     if cutmix > 0:
         return _cut(images_B3HW, rng.betavariate(cutmix, cutmix), rng)
     return images_B3HW, 1.0
@@ -65,14 +71,14 @@ def targets(labels_B: Tensor, partners_B: Tensor, share: float, *, classes: int,
 
 
 def _cut(images_B3HW: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
-    """A box of about 1 - share of the area from the mirror image; the share returned is exact, after clipping and rounding."""
+    """A box of about 1 - share of the area from the partners; the share returned is exact, after clipping and rounding."""
     height, width = images_B3HW.shape[2:]
     tall, wide = round(height * (1 - share) ** 0.5), round(width * (1 - share) ** 0.5)
     row, column = rng.randrange(height), rng.randrange(width)
     top, bottom = max(0, row - tall // 2), min(height, row - tall // 2 + tall)
     left, right = max(0, column - wide // 2), min(width, column - wide // 2 + wide)
     mixed_B3HW = images_B3HW.clone()
-    mixed_B3HW[:, :, top:bottom, left:right] = images_B3HW.flip(0)[:, :, top:bottom, left:right]
+    mixed_B3HW[:, :, top:bottom, left:right] = partners(images_B3HW)[:, :, top:bottom, left:right]
     return mixed_B3HW, 1 - (bottom - top) * (right - left) / (height * width)
 
 

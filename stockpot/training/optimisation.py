@@ -1,15 +1,27 @@
 """How weights move: which are decayed, by which rule, at which rate. Knows tensors; knows no storage.
 
 AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101). Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235). SAM: Foret et al. 2021
-(arXiv:2010.01412). The defaults of `TrialSettings` are those of Wortsman et al. 2022, appendix J.
+(arXiv:2010.01412). Rates by layer: Clark et al. 2020 (arXiv:2003.10555) and, for vision, Bao et al. 2021 (arXiv:2106.08254). The defaults
+of `TrialSettings` are those of Wortsman et al. 2022, appendix J.
 """
 
+import difflib
+import fnmatch
 import math
+import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from stockpot.config import TrialSettings
+from stockpot.errors import BadRequest
+
+EMBEDDINGS = re.compile(
+    r"(^|\.)(class_embedding|positional_embedding|token_embedding|embeddings|conv1|ln_pre|conv_stem|stem|patch_embed|pos_embed|cls_token"
+    r"|reg_token|norm_pre)(\.|$)"
+)
+"""What comes before the first block, by the names open_clip, timm and transformers give it."""
 
 
 def warmup(settings: TrialSettings, total_steps: int) -> int:
@@ -32,18 +44,60 @@ def learning_rate(settings: TrialSettings, step: int, total_steps: int) -> float
             return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices are decayed; biases, norms and scales (fewer than two dimensions) are not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Keep the parameters of these names as they are; `*` and `?` are wildcards.
+
+    Raises `BadRequest` for a pattern that names none, with the nearest names, and when nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise BadRequest(f"`frozen: {pattern}` names no parameter of the model; near are {', '.join(f'`{name}`' for name in near)}.")
+        for name in matched:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BadRequest("`frozen` leaves no parameter to train; to evaluate the init as it is, ask for `max_steps: 0`.")
+
+
+def rate_scales(names: Iterable[str], layer_decay: float) -> dict[str, float]:
+    """The share of the learning rate that each parameter has: decay to the power of its distance from the top.
+
+    Embeddings are layer 0, block i is layer i + 1 by the first number in its name, and all else (the last norm, the projection, the head)
+    is the top.
+    """
+    depths: dict[str, int | None] = {name: _depth(name) for name in names}
+    top = max((depth for depth in depths.values() if depth is not None), default=0) + 1
+    return {name: 1.0 if depth is None else layer_decay ** (top - depth) for name, depth in depths.items()}
+
+
+def _depth(name: str) -> int | None:
+    if EMBEDDINGS.search(name):
+        return 0
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) + 1 if number else None
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
+    """Trainable parameters, in two groups for each rate: matrices are decayed; biases, norms and scales (fewer than two dimensions) are
+    not. `scale` is a group's share of the learning rate."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scales = rate_scales(trainable, layer_decay)
     return [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [parameter for name, parameter in trainable.items() if scales[name] == scale and (parameter.ndim >= 2) == decayed],
+            "weight_decay": weight_decay if decayed else 0.0,
+            "scale": scale,
+        }
+        for scale in sorted(set(scales.values()), reverse=True)
+        for decayed in (True, False)
     ]
 
 
 def optimiser(model: nn.Module, settings: TrialSettings) -> torch.optim.Optimizer:
     """A fresh optimiser over the model's trainable parameters."""
-    groups, rate = parameter_groups(model, settings.weight_decay), settings.learning_rate
+    groups, rate = parameter_groups(model, settings.weight_decay, settings.layer_decay), settings.learning_rate
     match settings.optimiser:
         case "adamw":
             return torch.optim.AdamW(groups, lr=rate, fused=True)
@@ -58,9 +112,9 @@ def optimiser(model: nn.Module, settings: TrialSettings) -> torch.optim.Optimize
 
 
 def set_learning_rate(rule: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the same rate."""
+    """Give every parameter group its share of the rate."""
     for group in rule.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
 
 
 @torch.no_grad()

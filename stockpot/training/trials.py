@@ -3,6 +3,7 @@
 A trial is complete in itself and known by its digest: one that is already in the ledger is returned, not repeated.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,21 +11,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stockpot.checkpoints import save_weights
 from stockpot.config import Trial, TrialSettings
 from stockpot.data.shards import Pixels, Reading, TrainReader, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.digests import canonical
+from stockpot.errors import BudgetSpent
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
 from stockpot.models.classifier import Classifier, build
 from stockpot.models.loading import load_state
-from stockpot.outcomes import Ingredient
+from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.training import inits
 from stockpot.training.attempts import Attempt
 from stockpot.training.augmentation import augmentation
+from stockpot.training.candidates import Candidate
 from stockpot.training.preemption import Preempted, deferred_sigterm
 from stockpot.training.trainer import Batch, Checkpoint, Log, State, total_steps, train
 
@@ -35,8 +38,8 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     """Run the trial and record its ingredient, or return the one the ledger holds.
 
     An interrupted trial goes on from its last training state. say: called with one line per event. Raises `TrialFailed` (`NonFinite`)
-    when training fails by its own fault, `ModelError` when the init is not the one the trial was drawn for, and whatever the data or the
-    ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
+    when training fails by its own fault, `ModelError` when the init is not the one the trial was drawn for, `BudgetSpent`, the state saved,
+    at the end of `budget_s`, and whatever the data or the ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
     """
     done = tracking.find_ingredient(trial.model, trial.id)
     if done is not None:
@@ -54,31 +57,46 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         model = build(config)
         load_state(model, weights)
         hold = Attempt(trial)
-        step = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say), say=say)
+        candidates = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say), say=say)
         held_out = pixels(snapshot, "held_out", config.preprocess)
-        logits_NC = logits(model, held_out.images, config.preprocess, device=device)
-        score = accuracy(logits_NC, held_out.labels)
-        seconds = time.monotonic() - began
-        _write_ingredient(Path(folder), trial, model, logits_NC, held_out)
-        hold.require_hold()
-        ingredient = tracking.find_ingredient(trial.model, trial.id) or log.record_ingredient(
-            Path(folder), score, transform_digest=held_out.transform_digest, seconds=seconds, step=step
-        )
+        for decay, candidate in sorted(candidates.items(), reverse=True):  # the trial's own weights last: with them it is finished
+            load_state(model, candidate.weights)
+            logits_NC = logits(model, held_out.images, config.preprocess, device=device)
+            score = accuracy(logits_NC, held_out.labels)
+            name = trial.ingredient_id(decay)
+            place = Path(folder) / name
+            _write_ingredient(place, trial, decay, model, logits_NC, held_out)
+            hold.require_hold()
+            ingredient = tracking.find_ingredient(trial.model, name) or log.record_ingredient(
+                place,
+                score,
+                transform_digest=held_out.transform_digest,
+                seconds=time.monotonic() - began,
+                step=candidate.step,
+                ema_decay=decay,
+            )
+            say(f"trial {trial.index:02d} {name} held_out {score.value:.4f} ({score.correct} of {score.seen})")
         hold.finish()
-        say(f"trial {trial.index:02d} {trial.id} held_out {score.value:.4f} ({score.correct} of {score.seen}) in {seconds:.1f} s")
+        say(f"trial {trial.index:02d} {trial.id} finished in {time.monotonic() - began:.1f} s")
         return ingredient
 
 
 def _fine_tune_or_resume(
     model: Classifier, trial: Trial, snapshot: Snapshot, hold: Attempt, *, device: str, log: Log, say: Callable[[str], None]
-) -> int:
-    """Train to the end, keeping states on the way; on SIGTERM save one and leave. Returns the number of steps."""
+) -> dict[float, Candidate]:
+    """Train to the end, keeping states on the way; on SIGTERM, or when the attempt's time is spent, save one and leave."""
+    end = math.inf if trial.budget_s is None else time.monotonic() + trial.budget_s
     with deferred_sigterm() as told_to_leave:
 
         def checkpoint(step: int, state: Callable[[], State]) -> None:
             if told_to_leave():
                 hold.save(step, state())
                 raise Preempted
+            if time.monotonic() > end:
+                hold.save(step, state())
+                raise BudgetSpent(
+                    f"Trial {trial.id} has had its {trial.budget_s} s and is saved at step {step}; the next attempt goes on from there."
+                )
             hold.save_when_due(step, state)
 
         return fine_tune(
@@ -110,8 +128,8 @@ def fine_tune(
     log: Log = lambda _metrics, _step: None,
     resume: State | None = None,
     checkpoint: Checkpoint = lambda _step, _state: None,
-) -> int:
-    """Train the model in place on the snapshot's train split; returns the number of optimiser steps."""
+) -> dict[float, Candidate]:
+    """Train the model in place on the snapshot's train split; returns its candidates, by decay of their moving average."""
     preprocess = model.config.preprocess
     reader, last = (
         TrainReader(
@@ -135,7 +153,11 @@ def fine_tune(
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         return (last if epoch == last_epoch else reader).batches(epoch, skip)
 
-    train(
+    def score(net: nn.Module) -> Accuracy:
+        held_out = pixels(snapshot, "held_out", preprocess)
+        return accuracy(logits(net, held_out.images, preprocess, device=device), held_out.labels)
+
+    candidates = train(
         model,
         settings,
         batches,
@@ -145,11 +167,11 @@ def fine_tune(
         log=log,
         resume=resume,
         checkpoint=checkpoint,
+        score=score,
     )
     counts = reader.counters + last.counters
-    total = total_steps(settings, steps)
-    log({f"data/{name}": float(counts[name]) for name in reader.counters}, total)
-    return total
+    log({f"data/{name}": float(counts[name]) for name in reader.counters}, total_steps(settings, steps))
+    return candidates
 
 
 def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
@@ -164,13 +186,14 @@ def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
     return note
 
 
-def _write_ingredient(folder: Path, trial: Trial, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:
+def _write_ingredient(folder: Path, trial: Trial, ema_decay: float, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:
     """The four files of an ingredient: weights, per-sample held-out logits, model config and card."""
     sha256 = save_weights(folder / "model.safetensors", model.state_dict())
     save_weights(folder / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
     (folder / "model.json").write_bytes(canonical(model.config))
     card: dict[str, Any] = {
         "trial": trial,
+        "ema_decay": ema_decay,
         "weights_sha256": sha256,
         "held_out": accuracy(logits_NC, held_out.labels),
         "transform_digest": held_out.transform_digest,

@@ -74,6 +74,13 @@ def test_a_grid_is_every_combination_once():
     assert len({one.mixup for one in drawn}) == 6
 
 
+def test_the_init_is_one_more_trial_the_same_for_every_sweep():
+    few, other = (draw(SweepSpec(trials=2, seed=seed, space=SPACE, init_as_ingredient=True)) for seed in (0, 1))
+    assert few[:-1] == draw(SweepSpec(trials=2, space=SPACE))
+    assert few[-1] == other[-1]
+    assert few[-1].max_steps == 0
+
+
 @pytest.mark.parametrize(
     ("grid", "said"),
     [

@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from stockpot.config import TrialSettings
-from stockpot.training.optimisation import climb, descend, learning_rate, optimiser, parameter_groups
+from stockpot.config import Preprocess, TrialSettings
+from stockpot.errors import BadRequest
+from stockpot.models.classifier import ModelConfig, build
+from stockpot.training.optimisation import (
+    climb,
+    descend,
+    freeze,
+    learning_rate,
+    optimiser,
+    parameter_groups,
+    rate_scales,
+    set_learning_rate,
+)
 
 RULES = ("adamw", "adam", "sgd", "rmsprop", "adafactor")
 
@@ -35,8 +46,62 @@ def test_biases_and_norms_are_not_decayed():
 
 def test_frozen_parameters_are_left_out():
     model = nn.Linear(4, 4)
-    model.weight.requires_grad_(False)
+    freeze(model, ["we*"])
     assert sum(len(group["params"]) for group in parameter_groups(model, 0.1)) == 1
+
+
+def test_a_pattern_that_names_nothing_offers_the_nearest_names():
+    with pytest.raises(BadRequest, match=r"`frozen: head\.weigth` names no parameter of the model; near are `head\.weight`"):
+        freeze(tiny_vit(), ["body.*", "head.weigth"])
+    with pytest.raises(BadRequest, match="leaves no parameter to train"):
+        freeze(tiny_vit(), ["*"])
+
+
+def test_rates_by_layer_equal_an_oracle_on_a_small_vit():
+    """Written out by hand: two blocks, so the embeddings are three factors below the top."""
+    expected = {
+        "body.class_embedding": 0.7**3,
+        "body.positional_embedding": 0.7**3,
+        "body.conv1.weight": 0.7**3,
+        "body.ln_pre.weight": 0.7**3,
+        "body.transformer.resblocks.0.attn.in_proj_weight": 0.7**2,
+        "body.transformer.resblocks.1.mlp.c_proj.bias": 0.7,
+        "body.ln_post.weight": 1.0,
+        "body.proj": 1.0,
+        "head.weight": 1.0,
+        "head.bias": 1.0,
+    }
+    model = tiny_vit()
+    rule = optimiser(model, TrialSettings(layer_decay=0.7))
+    set_learning_rate(rule, 0.5)
+    rates = {id(parameter): group["lr"] for group in rule.param_groups for parameter in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert {name: found[name] for name in expected} == {name: pytest.approx(0.5 * scale) for name, scale in expected.items()}
+    for name, rate in found.items():
+        if ".resblocks." in name:
+            assert rate == pytest.approx(0.5 * 0.7 ** (2 - int(name.split(".")[3])))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("body.trunk.patch_embed.proj.weight", 0.5**3),
+        ("body.trunk.stem.0.weight", 0.5**3),
+        ("body.trunk.blocks.1.2.conv_dw.weight", 0.5),
+        ("body.trunk.norm.weight", 1.0),
+        ("encoder.layer.0.attention.self.query.weight", 0.25),
+    ],
+)
+def test_other_families_are_counted_from_the_same_top(name, scale):
+    names = [name, "body.trunk.blocks.0.0.x", "body.trunk.blocks.1.0.x"]
+    assert rate_scales(names, 0.5)[name] == pytest.approx(scale)
+
+
+def tiny_vit() -> nn.Module:
+    """An open_clip tower of two blocks under a head."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
+    preprocess = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    return build(ModelConfig(kind="open_clip", arch={"embed_dim": 8, "vision_cfg": vision}, preprocess=preprocess, classes=("a", "b")))
 
 
 @pytest.mark.parametrize("rule", RULES)

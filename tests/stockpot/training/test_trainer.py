@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import Preprocess, TrialSettings
 from stockpot.errors import NonFinite, TrialFailed
-from stockpot.training.trainer import total_steps, train
+from stockpot.evaluation import normalise
+from stockpot.outcomes import Accuracy
+from stockpot.training.candidates import Candidate, MovingAverages, wearing
+from stockpot.training.trainer import State, total_steps, train
 
 PREPROCESS = Preprocess(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
 STEPS_PER_EPOCH = 5
 EVERYTHING = {
     "plain": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01),
     "mixed": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01, mixup=0.3, cutmix=0.5, label_smoothing=0.1, schedule="linear"),
-    "adam and average": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01, optimiser="adam", ema_decay=0.9),
+    "adam and averages": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01, optimiser="adam", ema_decays=(0.9, 0.5)),
+    "best of averages": TrialSettings(epochs=3, batch_size=12, learning_rate=0.05, ema_decays=(0.9,), evaluate_every_steps=2),
+    "fp16 with sam": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01, precision="fp16", sam_rho=0.05, optimiser="sgd"),
+    "layers": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01, layer_decay=0.8, frozen=("5.bias",)),
     "sgd with sam": TrialSettings(epochs=3, batch_size=12, learning_rate=0.05, optimiser="sgd", sam_rho=0.05),
     "rmsprop": TrialSettings(epochs=3, batch_size=12, learning_rate=0.001, optimiser="rmsprop", loss="binary_cross_entropy"),
     "adafactor in bf16": TrialSettings(epochs=3, batch_size=12, learning_rate=0.01, optimiser="adafactor", precision="bf16"),
@@ -46,24 +52,41 @@ def batches(epoch: int, skip: int = 0) -> Iterator[Batch]:
         yield Batch(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
 
 
-def run(settings: TrialSettings, **kwargs) -> nn.Module:
-    model = tiny()
-    train(model, settings, batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS, **kwargs)
-    return model
+def score(model: nn.Module) -> Accuracy:
+    """Right answers among ten batches that no step trains on."""
+    model.eval()
+    pairs = [(normalise(one.images, PREPROCESS), one.labels) for epoch in (98, 99) for one in batches(epoch)]
+    with torch.inference_mode():
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+    model.train()
+    return Accuracy(correct=right, seen=120)
 
 
-def equal(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+def run(settings: TrialSettings, **kwargs) -> dict[float, Candidate]:
+    """The candidates of a trial."""
+    return train(tiny(), settings, batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS, **{"score": score, **kwargs})
+
+
+def equal(one: dict[float, Candidate], other: dict[float, Candidate]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[decay].step == other[decay].step
+        and all(torch.equal(tensor, other[decay].weights[name]) for name, tensor in one[decay].weights.items())
+        for decay in one
+    )
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_a_trial_learns_and_repeats_itself(name):
     logged: list[tuple[int, float]] = []
     settings = EVERYTHING[name].model_copy(update={"epochs": 12})
-    model = run(settings, log=lambda metrics, step: logged.append((step, metrics["train/loss"])))
+
+    def log(metrics, step):
+        logged.extend((step, value) for key, value in metrics.items() if key == "train/loss")
+
+    made = run(settings, log=log)
     assert [step for step, _ in logged] == [10, 20, 30, 40, 50, 60]
     assert logged[-1][1] < logged[0][1]
-    assert equal(model, run(settings))
+    assert equal(made, run(settings))
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -95,17 +118,147 @@ def test_micro_batches_give_the_same_gradient():
     assert all(torch.allclose(tensor, pieces.state_dict()[name], atol=1e-5) for name, tensor in whole.state_dict().items())
 
 
-def test_the_moving_average_is_the_formula():
+def test_moving_averages_are_the_formula():
     seen: list[Tensor] = []
 
     def note(_step, state):
         seen.append(state()["model.1.weight"].clone())
 
-    model = run(TrialSettings(epochs=2, batch_size=12, learning_rate=0.01, ema_decay=0.8), checkpoint=note)
-    average = tiny().state_dict()["1.weight"]
-    for weight in seen:
-        average = 0.8 * average + 0.2 * weight
-    assert torch.allclose(model.state_dict()["1.weight"], average, atol=1e-5)
+    made = run(TrialSettings(epochs=2, batch_size=12, learning_rate=0.01, ema_decays=(0.8, 0.99)), checkpoint=note)
+    assert torch.equal(made[0.0].weights["1.weight"], seen[-1])
+    for decay in (0.8, 0.99):
+        average = tiny().state_dict()["1.weight"].double()
+        for weight in seen:
+            average = decay * average + (1 - decay) * weight.double()
+        assert torch.allclose(made[decay].weights["1.weight"].double(), average, atol=1e-5)
+    assert made[0.8].weights["2.num_batches_tracked"] == 10  # what is no float is not averaged
+
+
+def test_the_best_of_every_average_is_kept_and_the_earlier_of_equals():
+    own, average = iter([50, 70, 70, 60, 10]), iter([10, 20, 30, 80, 80])
+    asked: list[int] = []
+    seen: dict[int, State] = {}
+
+    def scripted(_model):
+        asked.append(max(seen, default=0) + 1)
+        return Accuracy(correct=next(own if asked.count(asked[-1]) == 1 else average), seen=100)
+
+    def note(step, state):
+        seen[step] = {name: tensor.clone() for name, tensor in state().items()}
+
+    settings = TrialSettings(epochs=3, max_steps=9, batch_size=12, learning_rate=0.01, evaluate_every_steps=2, ema_decays=(0.9,))
+    made = run(settings, score=scripted, checkpoint=note)
+    assert asked == [2, 2, 4, 4, 6, 6, 8, 8, 9, 9]  # and once more at the end
+    assert (made[0.0].step, made[0.9].step) == (4, 8)
+    assert torch.equal(made[0.0].weights["1.weight"], seen[4]["model.1.weight"])
+    assert torch.equal(made[0.9].weights["1.weight"], seen[8]["ema.0.9.1.weight"])
+
+
+def test_evaluation_changes_no_step():
+    settings = TrialSettings(epochs=3, batch_size=12, learning_rate=0.02, ema_decays=(0.9,))
+    last: list[Tensor] = []
+    for one in (settings, settings.model_copy(update={"evaluate_every_steps": 4})):
+        run(one, checkpoint=lambda step, state: last.append(state()["model.1.weight"].clone()) if step == 15 else None)
+    assert torch.equal(*last)
+
+
+def test_tied_weights_are_averaged_once_and_worn_without_a_copy():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    averages = MovingAverages(model, (0.5,))
+    assert list(averages.averages[0.5]) == ["a.weight", "a.bias", "b.bias"]
+    with torch.no_grad():
+        model["a"].weight.fill_(8.0)
+    before = model["a"].weight.data_ptr()
+    averages.update()
+    with wearing(model, averages.averages[0.5]):
+        assert model["b"].weight is model["a"].weight
+        assert not (model["a"].weight == 8.0).any()
+        assert model["a"].weight.data_ptr() != before
+    assert (model["a"].weight == 8.0).all()
+    assert model["a"].weight.data_ptr() == before
+
+
+def test_frozen_parameters_do_not_move():
+    made = run(TrialSettings(epochs=1, batch_size=12, learning_rate=0.05, weight_decay=0.5, frozen=("1.*", "5.bi?s")))
+    start = tiny().state_dict()
+    moved = {name for name, tensor in made[0.0].weights.items() if not torch.equal(tensor, start[name])}
+    assert moved & {"1.weight", "1.bias", "5.bias"} == set()
+    assert {"2.weight", "5.weight"} <= moved
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_goes_on():
+    scales: list[float] = []
+    moved: list[Tensor] = []
+
+    def note(_step, state):
+        scales.append(state()["scaler.scale"].item())
+        moved.append(state()["model.5.weight"].clone())
+
+    settings = TrialSettings(
+        epochs=2, batch_size=12, learning_rate=0.01, precision="fp16", loss="tests.stockpot.training.test_trainer:steep"
+    )
+    run(settings, checkpoint=note)
+    assert scales[0] == 2.0**15  # halved after the first step overflowed
+    assert torch.equal(moved[0], tiny().state_dict()["5.weight"])
+    assert not torch.equal(moved[-1], moved[0])
+
+
+def steep(logits_BC, targets_BC):
+    """A loss whose gradient does not fit into fp16 at the first loss scale, 65536."""
+    return nn.functional.cross_entropy(logits_BC.half() * 4, targets_BC.half()).float()
+
+
+def test_a_model_that_does_not_compile_says_so():
+    class Talking(nn.Linear):
+        def forward(self, images):
+            torch._dynamo.graph_break()
+            return super().forward(images.flatten(1))
+
+    with pytest.raises(TrialFailed, match=r"The model does not compile .*Set `compile: false`"):
+        train(
+            Talking(192, 3),
+            TrialSettings(epochs=1, compile=True),
+            batches,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            preprocess=PREPROCESS,
+        )
+
+
+@pytest.mark.slow
+def test_a_compiled_trial_ends_near_a_plain_one_under_the_same_names():
+    made = []
+    for compiled in (False, True):
+        model = nn.Sequential(*(layer for layer in tiny() if not isinstance(layer, nn.Dropout)))  # a compiled mask is another one
+        settings = TrialSettings(epochs=2, batch_size=12, learning_rate=0.01, ema_decays=(0.9,), compile=compiled)
+        made.append(train(model, settings, batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS))
+    plain, fast = made
+    for decay, candidate in plain.items():
+        assert fast[decay].weights.keys() == candidate.weights.keys()
+        for name, tensor in candidate.weights.items():
+            assert torch.allclose(fast[decay].weights[name], tensor, atol=1e-4), name
+
+
+def test_a_state_that_is_no_number_is_never_stored():
+    def poison(step, state):
+        if step == 3:
+            raise AssertionError(state())
+
+    class Infinite(nn.Linear):
+        def forward(self, images):
+            with torch.no_grad():
+                self.bias.fill_(float("inf"))
+            return super().forward(images.flatten(1)) * 0
+
+    with pytest.raises(NonFinite, match="Weights stopped being numbers by step 3: `weight`"):
+        train(
+            Infinite(192, 3),
+            TrialSettings(epochs=1, clip_norm=0),
+            batches,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            preprocess=PREPROCESS,
+            checkpoint=poison,
+        )
 
 
 def test_max_steps_end_a_trial_before_its_epochs():
@@ -114,6 +267,7 @@ def test_max_steps_end_a_trial_before_its_epochs():
     run(settings, checkpoint=lambda step, _state: steps.append(step))
     assert steps == list(range(1, 8))
     assert total_steps(settings, STEPS_PER_EPOCH) == 7
+    assert total_steps(TrialSettings(max_steps=0), STEPS_PER_EPOCH) == 0
     assert total_steps(TrialSettings(epochs=3, max_steps=99), STEPS_PER_EPOCH) == 15
 
 
@@ -136,10 +290,13 @@ def test_a_loss_that_is_no_number_names_its_step():
         )
 
 
-def test_running_out_of_memory_says_what_would_fit():
+@pytest.mark.parametrize(("room", "said"), [(5, r"Measured: 3 fit\. Set `micro_batch` to 3:"), (0, "Not even one image fits")])
+def test_running_out_of_memory_says_what_was_measured_to_fit(room, said):
     class Hungry(nn.Linear):
         def forward(self, images):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            if len(images) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(images.flatten(1))
 
-    with pytest.raises(TrialFailed, match=r"at step 1 with 12 images a forward pass\. Set `micro_batch` to 6"):
-        train(Hungry(3, 3), TrialSettings(epochs=1), batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS)
+    with pytest.raises(TrialFailed, match=rf"at step 1 with 12 images a forward pass \(batch of 12\)\. {said}"):
+        train(Hungry(192, 3), TrialSettings(epochs=1), batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS)

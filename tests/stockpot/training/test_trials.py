@@ -2,6 +2,7 @@
 alone; a trial's own fault fails it without an ingredient."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -13,13 +14,16 @@ import pytest
 from stockpot.checkpoints import load_weights
 from stockpot.config import Trial, TrialSettings
 from stockpot.digests import file_digest, short
-from stockpot.errors import BadRequest, ModelError, NonFinite, TrialFailed
+from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, TrialFailed
 from stockpot.ledger import tracking
+from stockpot.sweeps import UNTRAINED
 from stockpot.training.attempts import Attempt
 from stockpot.training.trials import run_trial
 from tests.tiny_sweep import tiny_sweep
 
-SETTINGS = TrialSettings(epochs=40, batch_size=20, learning_rate=1e-3, mixup=0.2, ema_decay=0.9, warmup_steps=5)
+SETTINGS = TrialSettings(
+    epochs=40, batch_size=20, learning_rate=1e-3, mixup=0.2, ema_decays=(0.9, 0.99), evaluate_every_steps=7, warmup_steps=5
+)
 CHILD = """
 import sys
 from stockpot.config import Trial
@@ -48,6 +52,9 @@ def test_a_trial_leaves_one_ingredient_and_nothing_else(ground, ledger, tmp_path
     assert ingredient.held_out.value > 0.5
     assert list((tmp_path / "store").rglob("*.*")) == []  # no state, no claim
     assert any("step 10 " in line for line in lines)
+    averages = [tracking.find_ingredient("one-trial", name) for name in (f"{trial.id}-ema-0.9", f"{trial.id}-ema-0.99")]
+    assert [one.ema_decay for one in averages if one] == [0.9, 0.99]
+    assert len({one.weights_sha256 for one in [ingredient, *averages] if one}) == 3
     assert run_trial(trial, say=lines.append) == ingredient
     assert "finished already" in lines[-1]
 
@@ -92,6 +99,23 @@ def test_a_state_of_another_snapshot_is_refused(ground, ledger, tmp_path):
         Attempt(other).resume()
 
 
+def test_the_init_is_an_ingredient_that_is_never_trained(ground, ledger, tmp_path):
+    ingredient = run_trial(trial_of(ground, "untrained", tmp_path, UNTRAINED), say=lambda _line: None)
+    assert ingredient.weights_sha256 == ingredient.init_digest
+
+
+def test_a_trial_whose_time_is_spent_goes_on_in_the_next_attempt(ground, ledger, tmp_path):
+    quiet = {"say": lambda _line: None}
+    short_settings = SETTINGS.model_copy(update={"epochs": 2})
+    alone = run_trial(trial_of(ground, "unhurried", tmp_path, short_settings), **quiet)
+    trial = trial_of(ground, "hurried", tmp_path, short_settings, budget_s=0)  # over at the first step, which no request may ask for
+    with pytest.raises(BudgetSpent, match="has had its 0 s and is saved at step 1; the next attempt goes on"):
+        run_trial(trial, **quiet)
+    assert tracking.find_ingredient("hurried", trial.id) is None
+    late = run_trial(trial.model_copy(update={"budget_s": None}), **quiet)
+    assert late.weights_sha256 == alone.weights_sha256
+
+
 def start(trial: Trial, lines: int) -> subprocess.Popen[str]:
     """A process running the trial, once it has printed that many lines of progress."""
     child = subprocess.Popen([sys.executable, "-c", CHILD, trial.model_dump_json()], stdout=subprocess.PIPE, text=True)
@@ -110,9 +134,44 @@ def test_a_trial_killed_and_preempted_at_random_ends_bit_identical(ground, ledge
     with start(trial, 1 + time.time_ns() % 2) as preempted:
         preempted.send_signal(signal.SIGTERM)
         assert preempted.wait(60) == 143
-    assert list((tmp_path / "store" / "training" / trial.id).glob("state-*.json"))
+    assert list((tmp_path / "store" / "training" / trial.model / trial.id).glob("state-*.json"))
     lines: list[str] = []
     disturbed = run_trial(trial, say=lines.append)
     assert "step 10 " not in lines[0]  # it did not start anew
     assert disturbed.weights_sha256 == alone.weights_sha256
     assert disturbed.held_out == alone.held_out
+
+
+def run_disturbed(trial: Trial, chance: random.Random) -> int:
+    """Run a trial in processes that are killed at random steps, the last one left alone. Returns the number of kills."""
+    kills = chance.randrange(1, 4)
+    for _ in range(kills):
+        with start(trial, chance.randrange(1, 4)) as child:
+            time.sleep(chance.uniform(0, 0.2))
+            child.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+            assert child.wait(60) in (-signal.SIGKILL, 143)
+    with start(trial, 0) as child:
+        assert child.stdout is not None
+        child.stdout.read()
+        assert child.wait(60) == 0
+    return kills
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_trials_are_killed_at_random_ends_with_the_same_ingredients_hash_for_hash(ground, ledger, tmp_path):
+    seed = time.time_ns()
+    print(f"kills drawn from seed {seed}")
+    chance = random.Random(seed)
+    left_alone, disturbed = (
+        tiny_sweep(ground, model, trials=3, settings=SETTINGS, store=f"{tmp_path}/{model}") for model in ("alone-sweep", "killed-sweep")
+    )
+    for trial in left_alone.trials:
+        run_trial(trial, say=lambda _line: None)
+    assert sum(run_disturbed(trial.model_copy(update={"state_interval_s": 0}), chance) for trial in disturbed.trials) >= 3
+    made, remade = (tracking.find_ingredients(sweep) for sweep in (left_alone, disturbed))
+    assert len(made) == 9  # each trial's weights and two averages
+    for one, other in zip(made, remade, strict=True):
+        assert (one.trial_id, one.weights_sha256, one.held_out) == (other.trial_id, other.weights_sha256, other.held_out)
+        folders = [tracking.fetch_ingredient(each, tmp_path / each.model_id) for each in (one, other)]
+        assert len({file_digest(folder / "held_out.safetensors") for folder in folders}) == 1
+    assert list((tmp_path / "killed-sweep").rglob("*.*")) == []  # no state, no claim

@@ -1,0 +1,115 @@
+"""What a trial may leave as ingredients: its own weights and moving averages of them, the last of each or the best seen.
+
+A candidate is named by the decay of its average; 0 is the trained weights themselves, which is what an average of decay 0 would be.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stockpot.outcomes import Accuracy
+
+Weights = dict[str, Tensor]
+State = dict[str, Tensor]
+Score = Callable[[nn.Module], Accuracy]
+"""A model's accuracy on held_out."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that may become an ingredient."""
+
+    weights: Weights
+    """Every tensor of the model's state dict, on the CPU."""
+    step: int
+    """Optimiser steps behind them."""
+
+
+class MovingAverages:
+    """Moving averages of a model's floating tensors, one set for each decay: average = decay * average + (1 - decay) * weights."""
+
+    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
+        self._tracked = {name: tensor for name, tensor in _own_tensors(model).items() if tensor.is_floating_point()} if decays else {}
+        self.averages = {decay: {name: tensor.detach().clone() for name, tensor in self._tracked.items()} for decay in decays}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights of one more step in."""
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_(list(average.values()), list(self._tracked.values()), 1 - decay)
+
+    def state(self) -> State:
+        """As part of a training state."""
+        return {f"ema.{decay!r}.{name}": tensor for decay, average in self.averages.items() for name, tensor in average.items()}
+
+    def restore(self, state: State) -> None:
+        """Go back to a training state."""
+        for decay, average in self.averages.items():
+            for name, tensor in average.items():
+                tensor.copy_(state[f"ema.{decay!r}.{name}"])
+
+
+class Best:
+    """The best weights of each candidate so far, kept on the CPU: the highest accuracy, the earlier of equals."""
+
+    def __init__(self) -> None:
+        self.found: dict[float, Candidate] = {}
+        self._correct: dict[float, int] = {}
+
+    def offer(self, decay: float, step: int, correct: int, model: nn.Module) -> None:
+        """Keep the weights the model has now if none before had as many right answers."""
+        if correct > self._correct.get(decay, -1):
+            self.found[decay], self._correct[decay] = Candidate(on_cpu(model), step), correct
+
+    def state(self) -> State:
+        """As part of a training state."""
+        state: State = {}
+        for decay, one in self.found.items():
+            state[f"best.{decay!r}.step"] = torch.tensor(one.step)
+            state[f"best.{decay!r}.correct"] = torch.tensor(self._correct[decay])
+            state |= {f"best.{decay!r}.weights.{name}": tensor for name, tensor in one.weights.items()}
+        return state
+
+    def restore(self, state: State, decays: tuple[float, ...]) -> None:
+        """Go back to a training state."""
+        for decay in decays:
+            found = below(state, f"best.{decay!r}.")
+            if found:
+                self.found[decay] = Candidate(below(found, "weights."), int(found["step"]))
+                self._correct[decay] = int(found["correct"])
+
+
+@contextmanager
+def wearing(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """The model with other weights while the block runs. Storage changes hands and comes back: nothing is copied."""
+    own = _own_tensors(model)
+
+    def swap() -> None:
+        for name, tensor in weights.items():
+            own[name].data, tensor.data = tensor.data, own[name].data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def on_cpu(model: nn.Module) -> Weights:
+    """A copy of the model's state dict."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def below(state: State, prefix: str) -> State:
+    """The part of a state under a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _own_tensors(model: nn.Module) -> Weights:
+    """The model's parameters and stored buffers, each once: a tied tensor goes by its first name."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}

@@ -1,0 +1,155 @@
+"""The moving parts of a trial: weights, optimiser, loss scale, moving averages, step; one optimiser step, and the state of it all.
+
+Every step draws its randomness (mixing, dropout) from (trial seed, step) alone, so a training state holds tensors and a step number.
+"""
+
+# B batch, C classes, H height, W width
+
+import random
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stockpot.checkpoints import first_non_finite
+from stockpot.config import Preprocess, TrialSettings
+from stockpot.errors import NonFinite, TrialFailed
+from stockpot.evaluation import normalise
+from stockpot.training import optimisation
+from stockpot.training.candidates import MovingAverages, State, below
+from stockpot.training.compiling import Compiled
+from stockpot.training.fitting import largest_fitting
+from stockpot.training.losses import loss_function, mix, partners
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Batch(Protocol):
+    """One training batch: images uint8 (B, 3, H, W), labels int64 (B)."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+class Training:
+    """A model on its way, from the shared init or from a training state.
+
+    Raises `BadRequest` when `frozen` names no parameter, or all of them.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrialSettings, preprocess: Preprocess) -> None:
+        optimisation.freeze(model, settings.frozen)
+        self.model, self.settings, self.preprocess = model, settings, preprocess
+        self.device = next(model.parameters()).device
+        self.rule = optimisation.optimiser(model, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.loss = loss_function(settings)
+        self.averages = MovingAverages(model, settings.ema_decays)
+        self.forward = Compiled(model) if settings.compile else model
+        self.step = 0
+
+    def advance(self, batch: Batch, rate: float) -> Tensor:
+        """One optimiser step; returns its loss, still on the device. Raises `TrialFailed` when memory runs out, naming what fits."""
+        try:
+            return self._advance(batch, rate)
+        except torch.OutOfMemoryError:
+            pass  # the exception holds on to what filled the memory; out here that is free again
+        raise TrialFailed(self._out_of_memory(batch))
+
+    def _advance(self, batch: Batch, rate: float) -> Tensor:
+        settings = self.settings
+        rng = random.Random(f"{settings.seed}/{self.step}")
+        torch.manual_seed(rng.getrandbits(63))
+        images_B3HW = normalise(batch.images.to(self.device, non_blocking=True), self.preprocess)
+        labels_B = batch.labels.to(self.device, non_blocking=True)
+        images_B3HW, share = mix(images_B3HW, settings, rng)
+        loss = self._gradients(images_B3HW, labels_B, share)
+        if settings.sam_rho > 0:
+            before = optimisation.climb(self.model, settings.sam_rho)  # along the gradient, whatever its length: a scaled loss will do
+            self._gradients(images_B3HW, labels_B, share)
+            optimisation.descend(before)
+        self.scaler.unscale_(self.rule)
+        if settings.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        optimisation.set_learning_rate(self.rule, rate)
+        self.scaler.step(self.rule)
+        self.scaler.update()
+        self.step += 1
+        self.averages.update()
+        return loss
+
+    def _gradients(self, images_B3HW: Tensor, labels_B: Tensor, share: float) -> Tensor:
+        """Fresh gradients of the batch's mean loss, in as many forward passes as `micro_batch` asks for; returns that loss."""
+        self.rule.zero_grad(set_to_none=True)
+        size, partners_B = len(labels_B), partners(labels_B)
+        piece = self.settings.micro_batch or size
+        total = torch.zeros((), device=self.device)
+        for start in range(0, size, piece):
+            part = slice(start, start + piece)
+            with self._autocast():
+                logits_BC = self.forward(images_B3HW[part])
+            loss = self.loss(logits_BC.float(), labels_B[part], partners_B[part], share) * (len(logits_BC) / size)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _autocast(self) -> Any:
+        kind = AUTOCAST[self.settings.precision]
+        return nullcontext() if kind is None else torch.autocast(self.device.type, kind)
+
+    def _out_of_memory(self, batch: Batch) -> str:
+        """The sentence, after trying smaller forward passes until one fits beside the optimiser's moments."""
+        self.rule.zero_grad(set_to_none=True)
+        tried, size = min(self.settings.micro_batch or len(batch.labels), len(batch.labels)), len(batch.labels)
+        moments = [] if self.rule.state else [torch.empty_like(one) for one in self.model.parameters() if one.requires_grad for _ in "mv"]
+
+        def attempt(images: int) -> None:
+            images_B3HW = normalise(batch.images[:images].to(self.device), self.preprocess)
+            with self._autocast():
+                loss = self.model(images_B3HW).float().sum()
+            loss.backward()
+
+        fits = largest_fitting(attempt, tried)
+        del moments
+        found = f"The device ran out of memory at step {self.step + 1} with {tried} images a forward pass (batch of {size})."
+        if fits is None:
+            return f"{found} Not even one image fits: use a device with more memory or a smaller model."
+        return f"{found} Measured: {fits} fit. Set `micro_batch` to {fits}: the batch, and the result, stay the same."
+
+    def state(self) -> State:
+        """Everything a further attempt needs, as tensors: no pickle is ever written. Raises `NonFinite` rather than give a broken one."""
+        moments = {
+            f"optimiser.{number}.{name}": tensor
+            for number, values in self.rule.state_dict()["state"].items()
+            for name, tensor in values.items()
+            if tensor is not None
+        }
+        weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        scale = {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.scaler.state_dict().items()}
+        require_finite(self.model, self.step, self.settings)
+        return {"step": torch.tensor(self.step), **weights, **moments, **scale, **self.averages.state()}
+
+    def restore(self, state: State) -> None:
+        """Go back to a state."""
+        self.step = int(state["step"])
+        self.model.load_state_dict(below(state, "model."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in below(state, "optimiser.").items():
+            number, _, key = name.partition(".")
+            moments.setdefault(int(number), {})[key] = tensor
+        self.rule.load_state_dict({"state": moments, "param_groups": self.rule.state_dict()["param_groups"]})
+        if scale := {name: value.item() for name, value in below(state, "scaler.").items()}:
+            counts = {"growth_interval", "_growth_tracker"}
+            self.scaler.load_state_dict({name: int(value) if name in counts else value for name, value in scale.items()})
+        self.averages.restore(state)
+
+
+def require_finite(model: nn.Module, step: int, settings: TrialSettings) -> None:
+    """Raises `NonFinite` naming the first weight that is no number."""
+    name = first_non_finite(model.state_dict())
+    if name is not None:
+        raise NonFinite(f"Weights stopped being numbers by step {step}: `{name}`. Lower `learning_rate` {settings.learning_rate:g}.")
