@@ -3,7 +3,7 @@
 A benchmark is a module of this folder with `measure() -> {name: {ratio, unit, peer, repeats, spread}}`; one whose name ends in `_gpu` needs
 a GPU. What an earlier run measured stays in the file until it is measured again.
 
-    python -m benchmarks [--gpu] [MODULE...]
+    python -m benchmarks [--gpu] [MODULE...]      `data` stands for every module whose name begins with it
 """
 
 import json
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     gpu, asked = "--gpu" in arguments, [word for word in arguments if not word.startswith("-")]
     found = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem.endswith("_gpu") == gpu)
     failed = 0
-    for name in asked or found:
+    for name in [name for name in found if not asked or name.startswith(tuple(asked))]:
         began = time.monotonic()
         run = subprocess.run(
             [sys.executable, "-c", CALL, f"benchmarks.{name}"], cwd=FOLDER.parent, stdout=subprocess.PIPE, text=True, check=False

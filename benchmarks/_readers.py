@@ -1,17 +1,13 @@
-"""One epoch through each reader, with two loader workers and batches of 64: ours, the limit, the obvious build, litdata, mosaicml.
+"""One epoch through each reader, with two loader workers and batches of 64: ours, the limit, the obvious build. `_peers` has the others.
 
 Each has an `epoch()` that reads every sample once and returns the seconds it took; workers are started and files are warm before the first
 timed epoch. Peers decode and resize with the very function that ours uses.
 """
 
-import importlib.util
 import io
 import multiprocessing
-import subprocess
-import sys
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
 import s3fs
@@ -19,7 +15,6 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
-from benchmarks._photos import photos
 from stockpot.config import Preprocess
 from stockpot.data.images import decode, eval_transform
 from stockpot.data.shards import TrainReader
@@ -87,7 +82,9 @@ def _decode_on_demand(pipe: Connection, images: list[bytes]) -> None:
         pipe.send(True)
 
 
-class _Loaded:
+class Loaded:
+    """Whatever a DataLoader reads."""
+
     loader: Any
 
     def epoch(self) -> float:
@@ -117,7 +114,7 @@ class _OpenClip:
         return self.transform(Image.open(io.BytesIO(sample["jpg"]))), int(sample["cls"])
 
 
-class Obvious(_Loaded):
+class Obvious(Loaded):
     """webdataset over s3fs with open_clip's transform: what one builds first."""
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -136,70 +133,3 @@ class Obvious(_Loaded):
         self.loader = DataLoader(
             pipeline, batch_size=None, num_workers=WORKERS, persistent_workers=True, multiprocessing_context="forkserver"
         )
-
-
-def litdata_reader(folder: Path, count: int) -> Reader | None:
-    """litdata over local chunks, or None where it is not installed."""
-    if not importlib.util.find_spec("litdata"):
-        return None
-    _prepare("litdata", folder, count)
-    import litdata
-
-    class Pictures(litdata.StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, index: Any) -> Any:
-            sample = super().__getitem__(index)
-            return image_of(sample["jpg"]), sample["label"]
-
-    reader = _Loaded()
-    reader.loader = litdata.StreamingDataLoader(
-        Pictures(str(folder), shuffle=False), batch_size=BATCH, num_workers=WORKERS, persistent_workers=True
-    )
-    return reader
-
-
-def mosaic_reader(folder: Path, count: int) -> Reader | None:
-    """mosaicml-streaming over local shards, or None where it is not installed."""
-    if not importlib.util.find_spec("streaming"):
-        return None
-    _prepare("streaming", folder, count)
-    import streaming
-
-    class Pictures(streaming.StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, index: Any) -> Any:
-            sample = super().__getitem__(index)
-            return image_of(sample["jpg"]), sample["label"]
-
-    reader = _Loaded()
-    dataset = Pictures(local=str(folder), shuffle=False, batch_size=BATCH)
-    reader.loader = DataLoader(dataset, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True)
-    return reader
-
-
-def _prepare(peer: str, folder: Path, count: int) -> None:
-    """In a process of its own: litdata changes the start method of the process that packs."""
-    subprocess.run(
-        [sys.executable, "-c", f"from benchmarks import _readers; _readers.pack_{peer}({str(folder)!r}, {count})"],
-        check=True,
-        stdout=sys.stderr,
-    )
-
-
-def pack_litdata(folder: str, count: int) -> None:
-    """Write the photos as litdata chunks."""
-    from litdata.streaming.writer import BinaryWriter
-
-    Path(folder).mkdir(parents=True)
-    writer = BinaryWriter(folder, chunk_bytes="16MB")
-    for number, photo in enumerate(photos(count)):
-        writer.add_item(number, {"jpg": photo.image, "label": photo.label})
-    writer.done()
-    writer.merge()
-
-
-def pack_streaming(folder: str, count: int) -> None:
-    """Write the photos as MDS shards."""
-    from streaming import MDSWriter
-
-    with MDSWriter(out=folder, columns={"jpg": "bytes", "label": "int"}, size_limit=16 * 2**20) as writer:
-        for photo in photos(count):
-            writer.write({"jpg": photo.image, "label": photo.label})

@@ -46,11 +46,12 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Pack pictures into shards and store them as a snapshot. Started again after an interruption, it goes on where it stopped."""
+    _require(source)
     from stockpot.data.publishing import publish as run
     from stockpot.data.snapshots import pin
 
     chosen = _source(_address(source), classes)
-    with _progress("samples") as progress, _report():
+    with _progress("samples") as progress, _report(as_json):
         pinned = run(
             _address(dest), name or _last(dest), chosen.classes, chosen, splits=_splits(split, held_out, gate, salt, group_by),
             extends=pin(_address(extends)) if extends else None, shard_bytes=shard_mb * 10**6, skip_fraction=skip_fraction,
@@ -76,12 +77,13 @@ def register(
     as_json: AsJson = False,
 ) -> None:
     """Make a snapshot of shards that exist already, in one full read; the shards are not touched, and all problems are reported at once."""
+    _require(*source)
     from stockpot.data.registering import register as run
     from stockpot.data.snapshots import pin
 
     uris = [_address(uri) for uri in source]
     root = _address(dest) if dest else uris[0].rpartition("/")[0] if uris[0].endswith(".tar") else uris[0].rstrip("/")
-    with _progress("shards") as progress, _report():
+    with _progress("shards") as progress, _report(as_json):
         pinned = run(
             uris, root=root, name=name or _last(root), classes=_class_names(root, classes),
             splits=_splits(split, held_out, gate, salt, group_by), extends=pin(_address(extends)) if extends else None,
@@ -97,6 +99,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Say what changed in storage since a snapshot was made. Exit 1 when anything did."""
+    _require(snapshot)
     from stockpot.data.registering import verify as run
     from stockpot.data.snapshots import open_snapshot, pin
     from stockpot.errors import SnapshotBroken
@@ -122,12 +125,19 @@ def verify(
         print(f"All {of} are as they were{' (every byte read)' if deep else ' (sizes and etags)'}.")
 
 
+def _require(*addresses: str) -> None:
+    """Say what is wrong with an address before torch is imported, which takes longer than asking."""
+    from stockpot import storage
+
+    for text in addresses:
+        storage.check(_address(text))
+
+
 def _source(uri: str, classes: str | None) -> Any:
     from stockpot import storage
     from stockpot.data.sources import ClassFolders, ExistingShards
     from stockpot.errors import BadRequest
 
-    storage.check(uri)
     if not uri.endswith(".tar") and not any(item.uri.endswith(".tar") for item in storage.list_prefix(f"{uri.rstrip('/')}/")):
         return ClassFolders(uri)
     names = _class_names(uri, classes)
@@ -194,20 +204,24 @@ def _say(pinned: "PinnedSnapshot", as_json: bool) -> None:
 
 
 @contextmanager
-def _report() -> Iterator[None]:
-    """Print the table of problems before the sentence that sums it up."""
+def _report(as_json: bool) -> Iterator[None]:
+    """Print the table of problems, or their JSON document, before the sentence that sums them up."""
     from stockpot.data.examination import ProblemsFound
 
     try:
         yield
     except ProblemsFound as error:
-        _table("Problems", ("problem", "count", "shard", "sample", "detail"), _rows(error.problems))
+        head, rows = ("problem", "count", "shard", "sample", "detail"), _rows(error.problems)
+        if as_json:
+            print(json.dumps({"problems": [dict(zip(head, row, strict=True)) for row in rows]}))
+        else:
+            _table("Problems", head, [tuple(map(str, row)) for row in rows])
         raise
 
 
-def _rows(problems: "Problems") -> list[tuple[str, ...]]:
+def _rows(problems: "Problems") -> list[tuple[str | int, ...]]:
     return [
-        (kind, f"{count:,}", example.shard, example.sample, example.detail)
+        (kind, count, example.shard, example.sample, example.detail)
         for kind, count in problems.counts.most_common()
         for example in problems.examples[kind]
     ]

@@ -1,6 +1,8 @@
 """`stockpot data`: a folder becomes a snapshot, shards are registered, changes are found; failures are one sentence and exit 1."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from deployments.commands_data import app
 from stockpot.data.snapshots import open_snapshot, pin
 from stockpot.errors import StockpotError
+from tests.object_store import ObjectStore
 from tests.tiny_data import CLASSES, picture
 
 pytestmark = pytest.mark.usefixtures("node")
@@ -59,6 +62,8 @@ def test_problems_are_a_table_and_one_sentence(folders: Path, tmp_path: Path) ->
     assert isinstance(answer.exception, StockpotError)
     assert "unreadable image" in str(answer.exception)
     assert "ant/broken-png" in answer.stderr
+    (problem,) = json.loads(run("publish", folders, tmp_path / "data", *SPLITS, "--json").stdout)["problems"]
+    assert (problem["problem"], problem["count"], problem["sample"]) == ("unreadable image", 1, "ant/broken-png")
     assert run("publish", folders, tmp_path / "data", *SPLITS, "--skip-fraction", "0.05").exit_code == 0
 
 
@@ -76,11 +81,22 @@ def test_what_changed_is_said(folders: Path, tmp_path: Path) -> None:
     [
         (["publish", "/nowhere", "/tmp/x"], "There is no file or folder /nowhere"),
         (["register", "/nowhere"], "There is no file or folder /nowhere"),
-        (["verify", "/nowhere"], "holds no snapshot"),
+        (["verify", "/nowhere"], "There is no file or folder /nowhere"),
+        (["verify", "/usr"], "/usr holds no snapshot"),
     ],
 )
 def test_addresses_that_hold_nothing_are_named(words: list[str], sentence: str) -> None:
     assert sentence in str(run(*words).exception)
+
+
+def test_an_address_is_refused_before_torch_is_loaded(s3: ObjectStore) -> None:
+    code = "import sys; from deployments.commands_data import app; app(sys.argv[1:], standalone_mode=False)"
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code, "verify", "s3://nobucket/x"], capture_output=True, text=True, check=False
+    )
+    assert "There is no bucket `nobucket`" in ended.stderr
+    assert "botocore" in ended.stderr
+    assert "| torch" not in ended.stderr
 
 
 def test_a_share_that_is_none_is_wrong_usage(folders: Path, tmp_path: Path) -> None:
