@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stockpot.data.node_cache import written
 from stockpot.errors import SnapshotBroken
 
 HOT = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
@@ -79,7 +80,7 @@ def _write_hot(parquet: Path, hot: Path) -> None:
     for name in HOT.names or ():
         rows[name] = table[name].to_numpy()
     handle, temporary = tempfile.mkstemp(dir=hot.parent, suffix=".part")
-    with os.fdopen(handle, "wb") as file:
+    with os.fdopen(handle, "wb") as file, written(hot):
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())

@@ -139,6 +139,15 @@ def locked(path: Path) -> Iterator[TextIO]:
         yield file
 
 
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turn a failure to write a file of this node into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be written to disk: {error.strerror}. Free some space, then start again.") from error
+
+
 def _raise_failure_since(asked: float, lock: TextIO) -> None:
     """Whoever waited for another process to fetch a file shares its failure, instead of waiting for the same one again."""
     lock.seek(0)

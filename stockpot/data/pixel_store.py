@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stockpot.config import Preprocess
 from stockpot.data.images import Undecodable, decode, eval_transform, transform_digest
-from stockpot.data.node_cache import NodeCache, locked
+from stockpot.data.node_cache import NodeCache, locked, written
 from stockpot.data.snapshots import Snapshot
 from stockpot.digests import file_digest, short
 from stockpot.errors import SkipBudgetExceeded, SnapshotBroken
@@ -74,7 +74,10 @@ def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArra
 
 
 def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray[np.void]) -> None:
-    images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
+    with written(path):
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
+        with path.open("r+b") as file:  # a disk that fills up under a mapped file kills the process without a word
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     bounds = np.flatnonzero(np.diff(rows["shard"], prepend=-1, append=-1))
     cached = snapshot.fits()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

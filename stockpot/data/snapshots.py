@@ -145,13 +145,17 @@ class Snapshot:
 
 
 def pin(uri: str) -> PinnedSnapshot:
-    """Address and digest of a snapshot, given its manifest, or a dataset: then the one published last. Raises `SnapshotMissing`."""
-    if not uri.endswith(".json"):
-        try:
+    """Address and digest of a snapshot, given its manifest, or a dataset: then the one published last. Raises `SnapshotMissing`.
+
+    A store that does not answer or refuses is said within five seconds.
+    """
+    try:
+        storage.check(uri)
+        if not uri.endswith(".json"):
             latest = storage.read_bytes(storage.join(uri, "snapshots/latest")).decode().strip()
-        except ObjectMissing as error:
-            raise SnapshotMissing(f"{uri} holds no snapshot: {error}") from error
-        uri = storage.join(uri, f"snapshots/{latest}.json")
+            uri = storage.join(uri, f"snapshots/{latest}.json")
+    except ObjectMissing as error:
+        raise SnapshotMissing(f"{uri} holds no snapshot: {error}") from error
     return PinnedSnapshot(uri=uri, digest=digest(_read(uri)))
 
 

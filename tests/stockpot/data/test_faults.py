@@ -14,7 +14,7 @@ import pytest
 
 from stockpot import s3_bodies
 from stockpot.data.shards import TrainReader, pixels
-from stockpot.data.snapshots import Snapshot, open_snapshot
+from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.errors import ServerUnreachable, SnapshotBroken, StockpotError, StorageError
 from tests.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 from tests.object_store import ObjectStore, client
@@ -119,6 +119,14 @@ def test_an_endpoint_that_never_answers_stops_within_sixty_seconds(published: Sn
     assert time.monotonic() - started < 60
 
 
+def test_an_endpoint_that_never_answers_is_said_in_under_five_seconds_when_data_is_pinned(published: Snapshot, proxy: FaultyProxy) -> None:
+    proxy.break_next("mute", times=10**6, match=b"")
+    started = time.monotonic()
+    with pytest.raises(ServerUnreachable, match="no answer within 4 s"):
+        pin(published.root)
+    assert time.monotonic() - started < 5
+
+
 def damage(store: ObjectStore, snapshot: Snapshot, change: object) -> str:
     """Replace the last shard's object by a changed copy; returns its key."""
     shard = snapshot.manifest.shards[-1]
@@ -213,27 +221,35 @@ def test_a_missing_shard_is_named(s3: ObjectStore, own: Snapshot, reading: str) 
         read_all(own, reading)
 
 
-def _with_a_full_disk(snapshot: Snapshot, cache: str, answers: "multiprocessing.queues.Queue[str]") -> None:
+def _with_a_full_disk(snapshot: Snapshot, cache: str, build: bool, answers: "multiprocessing.queues.Queue[str]") -> None:
     os.environ["XDG_CACHE_HOME"] = cache
+    fresh = Snapshot(snapshot.uri, snapshot.manifest)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if build:
+        for number in range(len(fresh.manifest.shards)):
+            fresh.fetch_shard(number)
+        fresh.index  # noqa: B018
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     try:
-        snapshot.fetch_shard(0)
+        pixels(fresh, "train", PREPROCESS) if build else fresh.fetch_shard(0)
         answers.put("read")
     except StockpotError as error:
         answers.put(str(error))
 
 
-def test_a_disk_that_fills_up_while_fetching_is_named_and_leaves_nothing(published: Snapshot, s3: ObjectStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [False, True], ids=["fetching a shard", "building pixels"])
+def test_a_disk_that_fills_up_is_named_and_nothing_half_is_left(published: Snapshot, s3: ObjectStore, tmp_path: Path, build: bool) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    process = context.Process(target=_with_a_full_disk, args=(published, str(tmp_path / "full"), answers))
+    process = context.Process(target=_with_a_full_disk, args=(published, str(tmp_path / "full"), build, answers))
     process.start()
     sentence = answers.get(timeout=30)
     process.join()
     assert "cannot be written to disk" in sentence
-    assert published.manifest.shards[0].key in sentence
-    assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert ("images.npy" if build else published.manifest.shards[0].key) in sentence
+    half = [path for path in (tmp_path / "full").rglob("*") if path.suffix == ".part" or path.name == "images.npy"]
+    assert half == []
+    assert build or not list((tmp_path / "full").rglob("*.tar"))
 
 
 def _fill(snapshot: Snapshot, answers: "multiprocessing.queues.Queue[int]") -> None:
