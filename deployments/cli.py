@@ -68,7 +68,7 @@ def demo(
 
 @app.command()
 def deploy() -> None:
-    """Create or update the deployments retrain, finetune and soup, and the work pools control and gpu, on the Prefect server."""
+    """Create or update the deployments retrain, finetune, soup and approve, and the work pools control and gpu, on the Prefect server."""
     from deployments.deploying import deploy_all
     from deployments.surroundings import check_prefect
 
@@ -143,13 +143,15 @@ def status(
 def predict(
     model: Annotated[str, typer.Argument(help="`digits` (its champion), `digits@challenger` or `digits/3`.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False, readable=True)],
+    top_k: Annotated[int, typer.Option(min=1, help="How many of the likeliest classes are told.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with a registered version, as a service would."""
     from deployments.predicting import predict_files
 
-    rows = predict_files(model, images)
-    _tell(rows, "\n".join(f"{row['image']}: {row['label']} ({row['probability']:.3f})" for row in rows), as_json)
+    rows = predict_files(model, images, top_k)
+    told = [", ".join(f"{one['label']} ({one['probability']:.3f})" for one in row["top"]) for row in rows]
+    _tell(rows, "\n".join(f"{row['image']}: {answer}" for row, answer in zip(rows, told, strict=True)), as_json)
 
 
 def _tell(document: Any, text: str, as_json: bool) -> None:

@@ -26,7 +26,7 @@ def deploy_all() -> list[str]:
         raise ServerUnreachable(
             f"Prefect refused the deployments of deployments/prefect.yaml: {' / '.join(line.strip() for line in lines)}"
         )
-    return [f"{flow}/stockpot" for flow in ("retrain", "finetune", "soup")]
+    return [f"{flow}/stockpot" for flow in ("retrain", "finetune", "soup", "approve")]
 
 
 def _make_pools() -> None:

@@ -6,14 +6,15 @@ from typing import Any
 from stockpot.errors import BadRequest
 
 
-def predict_files(model: str, images: list[Path]) -> list[dict[str, Any]]:
-    """One row per image: file, label, probability. `model` is a name (its champion), name@alias or name/version."""
+def predict_files(model: str, images: list[Path], top_k: int = 1) -> list[dict[str, Any]]:
+    """One row per image: file, label, probability, and the `top_k` likeliest of both. `model` is a name (its champion), name@alias or
+    name/version."""
     from stockpot.ledger import connection, registry
 
     connection.check_server()
     loaded = registry.load(model if "@" in model or "/" in model else f"{model}@champion")
     try:
-        answers = loaded.predict([{"image": path.read_bytes()} for path in images])
+        answers = loaded.predict([{"image": path.read_bytes()} for path in images], params={"top_k": top_k})
     except ValueError as error:
         raise BadRequest(f"{model} refused the images: {error}") from error
     return [{"image": str(path), **answer} for path, answer in zip(images, answers, strict=True)]

@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import State
 
 from stockpot.errors import StockpotError, Transient
 from stockpot.outcomes import ModelVersion
-from tasks.cooking import cook_soup, fetch_picture, pass_gate, read_alias, register_soup
+from tasks.cooking import ask_approval, cook_soup, fetch_picture, pass_gate, read_alias, register_soup
 from tasks.policies import stated_failure
 from tasks.showing import show_soup
 
@@ -20,11 +20,12 @@ def soup(sweep_id: str, attempt: int = 1) -> ModelVersion | State[Any]:
         report = cook_soup(sweep_id)
         version = register_soup(report)
         decision = pass_gate(report, version)
+        approval = ask_approval(version, decision) if decision.waits else None
     except Transient:
         raise
     except StockpotError as error:
         return stated_failure(error)
     version = read_alias(version)
     picture, page = fetch_picture(report)
-    show_soup(report, version, decision, picture, page)
+    show_soup(report, version, decision, picture, page, approval)
     return version

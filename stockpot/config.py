@@ -284,6 +284,30 @@ class GateSpec(Closed):
         None,
         description="Largest rise of the expected calibration error on the gate split that still passes. None: it is reported, not judged.",
     )
+    latency_tolerance: float | None = Field(
+        None,
+        ge=0,
+        description="Largest rise of the time for one image that still passes, as a share of the champion's (0.1: a tenth slower); both "
+        "are timed in turn on one machine, and the median ratio counts. None: it is reported, not judged.",
+    )
+    size_tolerance: float | None = Field(
+        None, ge=0, description="Largest growth of the weights' bytes that still passes, as a share of the champion's. None: reported only."
+    )
+    approval: bool = Field(
+        False,
+        description="Whether what passes also waits for a person: a run of `approve` is then suspended in Prefect, holding no worker and "
+        "no GPU, until somebody resumes it and says yes or no; meanwhile the version is `challenger`.",
+    )
+
+
+class ReleaseSpec(Closed):
+    """How a soup becomes a version, and who has the last word. None of it changes the soup, so none of it is part of a sweep's identity."""
+
+    torch_export: bool = Field(
+        False,
+        description="Store the soup also as a pt2 archive, so that `mlflow.pytorch.load_model` works, without pickle. A second copy of the "
+        "weights; it takes pixels in [0, 1] and gives logits. Decided when a soup is first stored.",
+    )
 
 
 class FanOutSpec(Closed):
@@ -333,6 +357,7 @@ class RetrainRequest(Closed):
     sweep: SweepSpec = Field(default_factory=SweepSpec, description="The trials.")
     soup: SoupSpec = Field(default_factory=SoupSpec, description="The recipe.")
     gate: GateSpec = Field(default_factory=GateSpec, description="The bar for promotion.")
+    release: ReleaseSpec = Field(default_factory=ReleaseSpec, description="The version.")
     fan_out: FanOutSpec = Field(default_factory=FanOutSpec, description="Workers, retries and deadlines.")
 
 

@@ -128,16 +128,31 @@ class ModelVersion(Closed):
     soup_sha256: str
 
 
+class Paired(Closed):
+    """Champion and challenger on the same samples, and what the difference is worth."""
+
+    champion: Accuracy
+    challenger: Accuracy
+    p_value: float = Field(description="Exact McNemar, two-sided.")
+    interval: tuple[float, float] = Field(description="95 % paired bootstrap interval of the accuracy gained, as fractions.")
+    tolerance: float = Field(description="Largest loss of accuracy that passes, as a fraction.")
+
+    @property
+    def gain(self) -> float:
+        """Accuracy the challenger gains, as a fraction; negative is a loss."""
+        return (self.challenger.correct - self.champion.correct) / self.champion.seen
+
+
 class GateDecision(Closed):
     """Whether a challenger became champion, why, and the numbers behind it."""
 
     promoted: bool
     reason: str
+    waits: bool = Field(False, description="Passed, and a person must approve: see `stockpot.release.releasing.settle`.")
+    gate_digest: str = Field("", description="Of the request's `gate` it was judged by; another gate judges again.")
     champion_before: int | None = None
-    gate: dict[str, Accuracy] = Field(default_factory=dict, description="`champion` and `challenger` on the gate split.")
-    p_value: float | None = Field(None, description="Exact McNemar, two-sided, on the gate split.")
-    interval: tuple[float, float] | None = Field(
-        None, description="95 % paired bootstrap interval of the accuracy gained on the gate split."
-    )
+    gate: Paired | None = Field(None, description="On the gate split.")
+    shifts: dict[str, Paired] = Field(default_factory=dict, description="On every shift suite.")
     calibration_error: dict[str, float] = Field(default_factory=dict, description="Expected calibration error on the gate split, by side.")
-    shifts: dict[str, dict[str, Accuracy]] = Field(default_factory=dict, description="Suite to `champion` and `challenger`.")
+    latency_ratio: float | None = Field(None, description="Time for one image, challenger over champion: median of paired measurements.")
+    size_ratio: float | None = Field(None, description="Bytes of the weights, challenger over champion.")

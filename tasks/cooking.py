@@ -1,9 +1,16 @@
 """The tasks of the soup flow: cook, register, pass the gate. Each is keyed by content, so each is safe to try again."""
 
+from typing import Any
+
 from prefect import get_run_logger, runtime, task
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_UI_URL
 
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
 from tasks.policies import TRANSIENT
+
+APPROVE = "approve/stockpot"
+"""The deployment that waits for a person."""
 
 
 @task(name="cook", **TRANSIENT)
@@ -29,6 +36,31 @@ def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
     from stockpot.release.releasing import gate
 
     return gate(report, version, tracking.read_sweep(report.sweep_id).request.gate)
+
+
+@task(name="ask for approval", **TRANSIENT)
+def ask_approval(version: ModelVersion, decision: GateDecision) -> str:
+    """Start the run that waits for a person, once for this decision; returns its page. No child of this run: Prefect suspends no subflow,
+    and a suspended run holds no process, while a paused one holds its worker's slot."""
+    asked = f"approve:{version.model}:{version.version}:{decision.champion_before}:{decision.gate_digest}"
+    run: Any = run_deployment(
+        APPROVE,
+        parameters={"version": version.model_dump(mode="json"), "reason": decision.reason},
+        timeout=0,
+        as_subflow=False,
+        idempotency_key=asked,
+        flow_run_name=f"approve-{version.model}-{version.version}",
+        tags=[f"model:{version.model}", "approval"],
+    )
+    return f"{PREFECT_UI_URL.value()}/runs/flow-run/{run.id}"
+
+
+@task(name="settle", **TRANSIENT)
+def settle_approval(version: ModelVersion, approved: bool, note: str) -> ModelVersion:
+    """Carry out what the person said."""
+    from stockpot.release.releasing import settle
+
+    return settle(version, approved, note)
 
 
 @task(name="fetch picture", **TRANSIENT)

@@ -11,6 +11,7 @@ from prefect.artifacts import (
     acreate_table_artifact,
     aupdate_progress_artifact,
     create_image_artifact,
+    create_link_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
@@ -51,8 +52,11 @@ async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, s
     )
 
 
-def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision, picture: bytes, page: str) -> None:
-    """Decisions, scores, the gate's verdict and the picture of one soup. `page` is the address of the soup's MLflow run."""
+def show_soup(
+    report: SoupReport, version: ModelVersion, decision: GateDecision, picture: bytes, page: str, approval: str | None = None
+) -> None:
+    """Decisions, scores, the gate's verdict and the picture of one soup. `page` is the address of the soup's MLflow run, `approval` that of
+    the run that waits for a person, if one does."""
     create_table_artifact(
         [
             {
@@ -79,9 +83,16 @@ def show_soup(report: SoupReport, version: ModelVersion, decision: GateDecision,
     )
     create_markdown_artifact(
         f"**{version.model} version {version.version}** is `{version.alias or 'without an alias'}`. {decision.reason}\n\n"
-        f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, report and picture in MLflow]({page})",
+        + (f"[Approve or decline it]({approval}): press Resume there.\n\n" if approval else "")
+        + f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, report and picture in MLflow]({page})",
         key=f"soup-{report.sweep_id}-version",
         description=f"Version {version.version} of {version.model}",
+    )
+    create_link_artifact(
+        f"{page}/artifacts/report.html",
+        link_text=f"Report of {version.model} version {version.version}",
+        key=f"soup-{report.sweep_id}-report",
+        description="The whole report: picture, scores with intervals, every decision, curves and trials",
     )
 
 

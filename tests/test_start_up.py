@@ -8,7 +8,7 @@ import pytest
 HEAVY = "('torch', 'torchvision', 'mlflow', 'open_clip', 'timm', 's3fs', 'webdataset', 'matplotlib')"
 
 
-@pytest.mark.parametrize("module", ["flows.retrain", "flows.finetune", "flows.soup", "deployments.cli"])
+@pytest.mark.parametrize("module", ["flows.retrain", "flows.finetune", "flows.soup", "flows.approve", "deployments.cli"])
 def test_importing_loads_nothing_heavy(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

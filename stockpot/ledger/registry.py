@@ -4,7 +4,9 @@ MLflow's registry has neither idempotency nor compare-and-set. Here a version is
 once agree on the lowest version number, and every alias is read back. Its search returns no aliases (3.17.2): they are asked for by name.
 """
 
+import base64
 import json
+import math
 import shutil
 import warnings
 from datetime import UTC, datetime
@@ -18,19 +20,30 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import RestException
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array, Object, Property
+from pydantic import ValidationError
 
 from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger.connection import address, asking, client, experiment
 from stockpot.outcomes import GateDecision, ModelVersion
 
+SERVED_FILE = Path(__file__).with_name("served_model.py")
+"""What every version carries as its code."""
+
 ALIASES = ("champion", "challenger", "previous")
 SERVED_WITH = ("mlflow", "torch", "torchvision", "open_clip_torch", "timm", "safetensors", "numpy", "pandas", "pillow")
 
 
-def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Path) -> str:
-    """Store a soup (`folder` holds `model.safetensors` and `model.json`) as a LoggedModel of its run, once. Returns its id."""
+GREY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mOoBwAAgQCAfhwpxwAAAABJRU5ErkJggg==")
+
+
+def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Path, *, torch_export: bool = False) -> str:
+    """Store a soup (`folder` holds `model.safetensors` and `model.json`) as a LoggedModel of its run, once. Returns its id.
+
+    torch_export: with a second flavour, for `mlflow.pytorch.load_model`.
+    """
     with asking():
         home = experiment(model)
         found = client().search_logged_models([home], f"tags.`stockpot.stored_soup` = '{soup_sha256}'")
@@ -39,7 +52,7 @@ def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Pat
         tags = {"stockpot.soup_sha256": soup_sha256}
         made = client().create_logged_model(home, f"soup-{soup_sha256[:12]}", mlflow_run_id, tags=tags, model_type="stockpot.soup")
         with TemporaryDirectory(prefix="stockpot-package-") as scratch:
-            client().log_model_artifacts(made.model_id, str(_package(Path(scratch), folder, made.model_id, mlflow_run_id)))
+            client().log_model_artifacts(made.model_id, str(_package(Path(scratch), folder, made.model_id, mlflow_run_id, torch_export)))
         client().finalize_logged_model(made.model_id, "READY")
         client().log_outputs(mlflow_run_id, [LoggedModelOutput(made.model_id, 0)])
         client().set_logged_model_tags(made.model_id, {"stockpot.stored_soup": soup_sha256})
@@ -136,6 +149,17 @@ def fetch_version(version: ModelVersion, folder: Path) -> Path:
     return weights.parent
 
 
+def try_out(package: Path) -> None:
+    """Load a downloaded version as a consumer does and ask it about one image. Raises `RegistryError` when it does not load or answer."""
+    try:
+        (answer,) = mlflow.pyfunc.load_model(str(package)).predict([{"image": GREY_PNG}])
+        found = "" if math.isfinite(answer["probability"]) else f"its probability is {answer['probability']}"
+    except Exception as error:
+        raise RegistryError(f"The model does not answer when loaded as a service loads it ({error}); it gets no alias.") from error
+    if found:
+        raise RegistryError(f"The model gives no usable answer ({found}); it gets no alias.")
+
+
 def alias_version(model: str, alias: str) -> int | None:
     """The version an alias points at; None when it points nowhere."""
     with asking():
@@ -182,15 +206,20 @@ def read_tags(version: ModelVersion) -> dict[str, str]:
 
 
 def read_decision(version: ModelVersion) -> GateDecision | None:
-    """What the gate decided about a version; None when it has not been judged."""
+    """What the gate decided about a version; None when it has not been judged, or by a gate of an earlier Stockpot."""
     text = read_tags(version).get("stockpot.decision")
-    return GateDecision.model_validate_json(text) if text else None
+    try:
+        return GateDecision.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
 
 
 def note_change(model: str, before: int | None, after: int, why: str) -> None:
-    """Add one line to the history of champions, a tag of the registered model: MLflow keeps none."""
+    """Add one line to the history of champions, a tag of the registered model: MLflow keeps none. Not twice for one change."""
     with asking():
         history = read_history(model)
+        if before == after or (history and history[-1]["after"] == after):
+            return
         history.append({"when": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "after": after, "why": why[:500]})
         client().set_registered_model_tag(model, "stockpot.history", json.dumps(history[-100:]))
 
@@ -215,9 +244,11 @@ def load(name: str) -> Any:
 
 
 def signature() -> ModelSignature:
-    """One binary column `image` in; a label and its probability out."""
-    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")])
-    return ModelSignature(inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=outputs)
+    """One binary column `image` in, `top_k` as a parameter; a label, its probability and the `top_k` likeliest of both out."""
+    top = Array(Object([Property("label", DataType.string), Property("probability", DataType.double)]))
+    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability"), ColSpec(top, "top")])
+    inputs = Schema([ColSpec(DataType.binary, "image")])
+    return ModelSignature(inputs=inputs, outputs=outputs, params=ParamSchema([ParamSpec("top_k", DataType.long, 1)]))
 
 
 def requirements() -> list[str]:
@@ -225,10 +256,10 @@ def requirements() -> list[str]:
     return [f"{name}=={installed(name).partition('+')[0]}" for name in SERVED_WITH]
 
 
-def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str) -> Path:
+def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str, torch_export: bool) -> Path:
     """The MLflow model directory. MLmodel records where its code came from, so the file is copied to a neutral place first."""
     code = scratch / "served_model.py"
-    shutil.copyfile(Path(__file__).with_name("served_model.py"), code)
+    shutil.copyfile(SERVED_FILE, code)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input example.*")  # an image in every version, for a schema that is written above
         mlflow.pyfunc.save_model(
@@ -239,7 +270,21 @@ def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str) -> 
             signature=signature(),
             pip_requirements=requirements(),
         )
+    if torch_export:
+        _add_torch_flavour(scratch / "model", folder)
     return scratch / "model"
+
+
+def _add_torch_flavour(package: Path, folder: Path) -> None:
+    """MLflow's own `pytorch` flavour reads `model.pt2` in its data folder, and checks it to be free of pickle; it has none for
+    safetensors (mlflow/pytorch/__init__.py, 3.17.2)."""
+    from stockpot.ledger import served_model
+
+    (package / "pytorch").mkdir()
+    served_model.export(folder, package / "pytorch" / "model.pt2")
+    described = Model.load(str(package))
+    described.add_flavor("pytorch", model_data="pytorch", pytorch_version=installed("torch"), code=None)
+    described.save(str(package / "MLmodel"))
 
 
 def _create_model(model: str) -> None:

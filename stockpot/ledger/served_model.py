@@ -34,7 +34,7 @@ BATCH = 256
 
 
 class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
-    """Image bytes in, the most likely class and its probability out."""
+    """Image bytes in; the most likely classes and their probabilities out."""
 
     def load_context(self, context: Any) -> None:
         """Build the classifier and load its weights, on a GPU where there is one."""
@@ -47,15 +47,25 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
         self.model.load_state_dict(read_weights(folder / "model.safetensors"))
         self.model.to(self.device).eval()
 
-    def predict(self, context, model_input):  # type: ignore[no-untyped-def]  # noqa: ARG002  (mlflow reads hints as a schema)
-        """One `{"label", "probability"}` per image. Column `image`: encoded bytes, or their base64. Raises ValueError for anything else."""
-        images = [image(value, row) for row, value in enumerate(column(model_input))]
-        rows = []
-        for start in range(0, len(images), BATCH):
-            pixels_B3SS = torch.stack([self._transformed(one) for one in images[start : start + BATCH]])
-            rows.append(self.logits(pixels_B3SS).softmax(dim=1))
-        probabilities, labels = torch.cat(rows).max(dim=1)
-        return [{"label": self.classes[i], "probability": p} for i, p in zip(labels.tolist(), probabilities.tolist(), strict=True)]
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002  (mlflow reads hints as a schema)
+        """Per image its `label` and `probability`, and `top`: the `top_k` likeliest classes as `{"label", "probability"}`, best first.
+
+        Column `image`: encoded bytes, or their base64. params: `top_k`, at least 1; more than there are classes means all of them.
+        Raises ValueError for anything else, naming the row.
+        """
+        values, top_k = column(model_input), (params or {}).get("top_k", 1)
+        if top_k < 1:
+            raise ValueError(f"found top_k {top_k}; needed: 1 or more")
+        answers = []
+        for start in range(0, len(values), BATCH):  # decoded batch by batch: pixels take far more memory than files
+            images = [self._transformed(image(value, start + row)) for row, value in enumerate(values[start : start + BATCH])]
+            likely = self.logits(torch.stack(images)).softmax(dim=1).topk(min(top_k, len(self.classes)), dim=1)
+            answers += [self._answer(*row) for row in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)]
+        return answers
+
+    def _answer(self, places: list[int], probabilities: list[float]) -> dict[str, Any]:
+        top = [{"label": self.classes[place], "probability": share} for place, share in zip(places, probabilities, strict=True)]
+        return {**top[0], "top": top}
 
     @torch.inference_mode()
     def logits(self, pixels_B3SS: Tensor) -> Tensor:
@@ -91,6 +101,34 @@ class Classifier(nn.Module):
         return logits_BC
 
 
+class FromPixels(nn.Module):
+    """The classifier as a plain PyTorch program: float32 pixels in [0, 1], resized and cropped, (B, 3, S, S) in; logits (B, C) out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        logits_BC: Tensor = self.classifier((pixels_B3SS - self.mean) / self.std)
+        return logits_BC
+
+
+def export(folder: Path, target: Path) -> None:
+    """Write the model in `folder` (`model.safetensors`, `model.json`) as a pt2 archive for any batch size: graph and tensors, no pickle."""
+    config = json.loads((folder / "model.json").read_text())
+    classifier = build(config)
+    classifier.load_state_dict(read_weights(folder / "model.safetensors"))
+    side = config["preprocess"]["size"]
+    program = FromPixels(classifier, config["preprocess"]["mean"], config["preprocess"]["std"]).eval()
+    example = torch.zeros(2, 3, side, side)  # two: a batch of one would be exported as always one
+    torch.export.save(torch.export.export(program, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), target)
+
+
 def build(config: dict[str, Any]) -> Classifier:
     """The architecture in `model.json`, with random weights."""
     kind, arch = config["kind"], config["arch"]
@@ -124,6 +162,8 @@ def column(model_input: Any) -> list[Any]:
 def image(value: Any, row: int) -> Tensor:
     """Encoded bytes, or base64 of them, to uint8 RGB (3, H, W). Raises ValueError naming the row and what was found."""
     if isinstance(value, str):
+        if len(value) > MAX_BYTES * 4 // 3 + 4:
+            raise ValueError(f"row {row}: found {len(value):,} characters of base64; needed: an image file of 1 to {MAX_BYTES:,} bytes")
         try:
             value = base64.b64decode(value, validate=True)
         except binascii.Error as error:

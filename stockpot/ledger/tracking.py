@@ -155,10 +155,10 @@ def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None) -> 
         return str(run.info.run_id)
 
 
-def read_report_text(report: SoupReport, name: str) -> str:
-    """One text file of a soup run, such as `card.md`."""
+def read_text(mlflow_run_id: str, name: str) -> str:
+    """One text file of a run, such as `card.md`."""
     with asking():
-        return read_file(report.mlflow_run_id, name).decode()
+        return read_file(mlflow_run_id, name).decode()
 
 
 def store_text(mlflow_run_id: str, name: str, text: str) -> None:

@@ -6,7 +6,8 @@ from tempfile import TemporaryDirectory
 from stockpot.checkpoints import save_weights
 from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
-from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
+from stockpot.outcomes import ModelVersion, SoupReport
+from stockpot.release import releasing
 from stockpot.soup import card
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import Weights, open_weights
@@ -24,7 +25,7 @@ def explain(name: str) -> str:
         card.verdict(report),
         _made_of(report),
         _near_misses(report),
-        _gate(registry.read_decision(version)),
+        _gate(version),
         _history(version),
         f"Weights: sha256 {version.soup_sha256}. Rebuild and compare them with `stockpot reproduce {version.model}/{version.version}`.",
     ]
@@ -98,8 +99,12 @@ def _near_misses(report: SoupReport) -> str:
     return f"Near misses, left out by at most three answers: {', '.join(told)}."
 
 
-def _gate(decision: GateDecision | None) -> str:
-    return f"Gate: {decision.reason}" if decision else "Gate: not judged yet."
+def _gate(version: ModelVersion) -> str:
+    decision, judgement = registry.read_decision(version), releasing.read_judgement(version)
+    if decision is None:
+        return "Gate: not judged yet."
+    place = registry.read_tags(version).get("stockpot.evidence")
+    return f"Gate: {decision.reason}" + (f"\n  The verdict follows again from its evidence, {place}." if judgement else "")
 
 
 def _history(version: ModelVersion) -> str:

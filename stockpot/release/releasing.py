@@ -1,23 +1,28 @@
 """From a cooked soup to an alias: register once, pass the gate, move the aliases, read them back; and by hand: promote, roll back.
 
-Every step can be interrupted and run again: the version is found by its weights, the decision is stored with it before any alias
-moves, and a stored decision is carried out, not taken again, unless the champion it was judged against is no longer champion.
+Every step can be interrupted and run again: the version is found by its weights, the decision is stored with it before any alias moves,
+and a stored decision is carried out, not taken again, unless the request's gate is another one or the champion it was judged against is
+no longer champion. Aliases move by compare-and-set under a lock, and are read back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from stockpot.config import GateSpec, Sweep
+from stockpot.config import GateSpec
 from stockpot.data.node_cache import cache_root, locked
+from stockpot.digests import digest, short
+from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
-from stockpot.release.gating import Side, gather_evidence, incomparable, judge, read_config
+from stockpot.release.gating import gather_evidence
+from stockpot.release.judging import Judgement, Side, judge, replay
 
 
 def register(report: SoupReport) -> ModelVersion:
-    """The soup's version: found by its weights, or created, then downloaded again and compared with the sha256. Raises `RegistryError`."""
+    """The soup's version: found by its weights, or created; then downloaded again, compared with the sha256, and loaded and asked as a
+    service would. Raises `RegistryError`."""
     tags = {
         "stockpot.sweep": report.sweep_id,
         "stockpot.recipe": report.recipe,
@@ -25,30 +30,56 @@ def register(report: SoupReport) -> ModelVersion:
         "stockpot.transform": report.transform_digest,
         "stockpot.ingredients": ",".join(report.ingredients),
     }
-    card = tracking.read_report_text(report, "card.md")
+    card = tracking.read_text(report.mlflow_run_id, "card.md")
     with _alone(report.model):
         version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, card)
-    _verify(version)
+    _verify(version, registry.try_out)
     return version
 
 
 def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecision:
     """Judge a version against the champion and move the aliases; the same again gives the same. Raises `RegistryError`.
 
-    The evidence is stored as `gate.json` on the soup's run, the decision as a tag of the version.
+    The decision is a tag of the version, `stockpot.decision`; with its evidence it is a file of the soup's run, which the tag
+    `stockpot.evidence` names. A decision that was carried out under this gate stands, whatever a person did to the aliases since.
     """
+    asked = digest(spec)
     with _alone(version.model):
-        tags = registry.read_tags(version)
-        decision = registry.read_decision(version)
+        decision, settled = registry.read_decision(version), registry.read_tags(version).get("stockpot.settled") == asked
         champion = registry.alias_version(version.model, "champion")
-        valid = "stockpot.settled" in tags or (decision and champion in (decision.champion_before, version.version))
-        if decision is None or not valid:
-            decision = _decide(tracking.read_sweep(report.sweep_id), report, version, spec)
+        if decision is None or decision.gate_digest != asked or not (settled or champion in (decision.champion_before, version.version)):
+            decision, settled = _decide(report, version, champion, spec), False
             registry.write_tag(version, "stockpot.decision", decision.model_dump_json())
-        if "stockpot.settled" not in tags:
-            _move_aliases(version, decision)
-            registry.write_tag(version, "stockpot.settled", "yes")
+        if not settled:
+            _carry_out(version, decision)
+            registry.write_tag(version, "stockpot.settled", asked)
     return decision
+
+
+def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersion:
+    """What a person answered about a version that passed the gate and waits: promote it, or leave it challenger. The answer becomes the tag
+    `stockpot.approval`. Raises `RegistryError` when it does not wait, or was judged against a champion that is champion no longer."""
+    with _alone(version.model):
+        decision = registry.read_decision(version)
+        if decision is None or not decision.waits:
+            reason = decision.reason if decision else "it was never judged"
+            raise RegistryError(
+                f"Version {version.version} of {version.model} does not wait for approval ({reason}); there is nothing to do."
+            )
+        told = f"{'approved' if approved else 'declined'} by hand{f': {note}' if note else ''}"
+        if approved:
+            _crown(version.model, version.version, told, decision.champion_before)
+        registry.write_tag(version, "stockpot.approval", told)
+        return registry.read_version(version.model, version.version)
+
+
+def read_judgement(version: ModelVersion) -> Judgement | None:
+    """The stored decision with its evidence, taken again from it; None where there is none. Raises `RegistryError` when they disagree."""
+    place = registry.read_tags(version).get("stockpot.evidence", "")
+    if not place:
+        return None
+    mlflow_run_id, _, name = place.removeprefix("runs:/").partition("/")
+    return replay(tracking.read_text(mlflow_run_id, name))
 
 
 def promote(model: str, number: int | None = None) -> ModelVersion:
@@ -57,7 +88,7 @@ def promote(model: str, number: int | None = None) -> ModelVersion:
         wanted = number if number is not None else registry.alias_version(model, "challenger")
         if wanted is None:
             raise registry.no_version(model, "challenger")
-        return _crown(model, wanted, "promoted by hand")
+        return _crown(model, wanted, "promoted by hand", registry.alias_version(model, "champion"))
 
 
 def rollback(model: str) -> ModelVersion:
@@ -66,55 +97,58 @@ def rollback(model: str) -> ModelVersion:
         previous = registry.alias_version(model, "previous")
         if previous is None:
             raise registry.no_version(model, "previous")
-        return _crown(model, previous, "rolled back by hand")
+        return _crown(model, previous, "rolled back by hand", registry.alias_version(model, "champion"))
 
 
-def _decide(sweep: Sweep, report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecision:
-    champion = registry.alias_version(version.model, "champion")
-    if champion is None:
-        return GateDecision(promoted=True, reason="Promoted: the first version of this model.")
+def _decide(report: SoupReport, version: ModelVersion, champion: int | None, spec: GateSpec) -> GateDecision:
     if champion == version.version:
-        return GateDecision(promoted=True, reason="It is the champion already.", champion_before=champion)
-    rival = registry.read_version(version.model, champion)
+        return GateDecision(promoted=True, reason="It is the champion already.", gate_digest=digest(spec), champion_before=champion)
+    versions: dict[Side, ModelVersion] = {"challenger": version}
+    if champion is not None:
+        versions["champion"] = registry.read_version(version.model, champion)
     with TemporaryDirectory(prefix="stockpot-gate-") as scratch:
-        folders: dict[Side, Path] = {
-            "champion": registry.fetch_version(rival, Path(scratch) / "champion"),
-            "challenger": registry.fetch_version(version, Path(scratch) / "challenger"),
-        }
-        if refused := incomparable(read_config(folders["champion"]), read_config(folders["challenger"])):
-            return GateDecision(promoted=False, reason=refused, champion_before=champion)
-        sha256: dict[Side, str] = {"champion": rival.soup_sha256, "challenger": version.soup_sha256}
-        evidence = gather_evidence(sweep, folders, {"champion": champion, "challenger": version.version}, sha256, spec)
-    tracking.store_text(report.mlflow_run_id, "gate.json", evidence.model_dump_json(indent=1))
-    return judge(evidence)
+        folders = {side: registry.fetch_version(one, Path(scratch) / side) for side, one in versions.items()}
+        evidence = gather_evidence(tracking.read_sweep(report.sweep_id), versions, folders, spec)
+    decision = judge(evidence)
+    name = f"gate/version-{version.version}-against-{champion or 'none'}-{short(spec)}.json"
+    tracking.store_text(report.mlflow_run_id, name, Judgement(decision=decision, evidence=evidence).model_dump_json(indent=1))
+    registry.write_tag(version, "stockpot.evidence", f"runs:/{report.mlflow_run_id}/{name}")
+    return decision
 
 
-def _move_aliases(version: ModelVersion, decision: GateDecision) -> None:
+def _carry_out(version: ModelVersion, decision: GateDecision) -> None:
     if decision.promoted:
-        _crown(version.model, version.version, decision.reason)
+        _crown(version.model, version.version, decision.reason, decision.champion_before)
     else:
         registry.set_alias(version.model, "challenger", version.version)
 
 
-def _crown(model: str, number: int, why: str) -> ModelVersion:
-    """Champion to `previous`, `number` to champion, and off the challengers' bench. A version whose bytes changed is refused."""
+def _crown(model: str, number: int, why: str, expected: int | None) -> ModelVersion:
+    """Champion to `previous`, `number` to champion, and off the challengers' bench. Refused: a version whose bytes changed, and any
+    champion but the `expected` one (or `number`, where an interrupted move had come)."""
     version = registry.read_version(model, number)
     _verify(version)
     champion = registry.alias_version(model, "champion")
+    if champion not in (expected, number):
+        raise RegistryError(
+            f"The champion of {model} is version {champion}, expected was {expected or 'none'}: another writer moved it meanwhile; "
+            "run the same again to decide against the new one."
+        )
     if champion not in (None, number):
         registry.set_alias(model, "previous", champion)
     if champion != number:
         registry.set_alias(model, "champion", number)
-        registry.note_change(model, champion, number, why)
+    registry.note_change(model, expected, number, why)
     if registry.alias_version(model, "challenger") == number:
         registry.set_alias(model, "challenger", None)
     return registry.read_version(model, number)
 
 
-def _verify(version: ModelVersion) -> None:
-    """Download a version and compare its weights with what was registered."""
+def _verify(version: ModelVersion, then: Callable[[Path], None] = lambda _: None) -> None:
+    """Download a version and compare its weights with what was registered; `then` gets the downloaded folder."""
     with TemporaryDirectory(prefix="stockpot-readback-") as folder:
         registry.fetch_version(version, Path(folder))
+        then(Path(folder))
 
 
 @contextmanager

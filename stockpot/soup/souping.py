@@ -133,7 +133,8 @@ def _record(report: SoupReport, sweep: Sweep, pool: Pool, gate_logits: dict[str,
     (soup / "model.json").write_bytes(canonical(pool.config))
     (soup / "recipe.json").write_bytes(canonical(recipe))
     run = tracking.open_soup_run(report.model, report.sweep_id)
-    model_id = registry.log_soup_model(report.model, run, report.soup_sha256, soup)
+    export = sweep.request.release.torch_export
+    model_id = registry.log_soup_model(report.model, run, report.soup_sha256, soup, torch_export=export)
     report = report.model_copy(update={"mlflow_run_id": run, "model_id": model_id, "seconds": time.monotonic() - began})
     (files / "recipe.json").write_bytes(canonical(recipe))
     (files / "card.md").write_text(card.write(report))

@@ -4,6 +4,8 @@ Stockpot."""
 import ast
 import base64
 import io
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from stockpot.checkpoints import save_weights
 from stockpot.data.images import decode, eval_transform
 from stockpot.digests import canonical
 from stockpot.evaluation import logits
-from stockpot.ledger import served_model
+from stockpot.ledger import registry, served_model
 from stockpot.models.classifier import ModelConfig, build
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, png
 
@@ -78,6 +80,29 @@ def test_answers_are_the_soups_own(served: tuple[served_model.Soup, Any]) -> Non
     assert soup.predict(None, [{"image": base64.b64encode(data).decode()} for data in images]) == answers
 
 
+def test_the_likeliest_classes_come_best_first(served: tuple[served_model.Soup, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    soup, model = served
+    images = [png(seed, seed % 3) for seed in range(5)]
+    pixels = torch.stack([eval_transform(decode(data), PREPROCESS) for data in images])
+    wanted = logits(model, pixels, PREPROCESS).softmax(1)
+    monkeypatch.setattr(served_model, "BATCH", 2)
+    for top_k in (1, 2, 3, 9):
+        answers = soup.predict(None, [{"image": data} for data in images], {"top_k": top_k})
+        for answer, row in zip(answers, wanted.tolist(), strict=True):
+            order = sorted(range(3), key=lambda place: -row[place])[:top_k]
+            assert [one["label"] for one in answer["top"]] == [CLASSES[place] for place in order]
+            assert [one["probability"] for one in answer["top"]] == pytest.approx([row[place] for place in order], abs=1e-6)
+            assert {"label": answer["label"], "probability": answer["probability"]} == answer["top"][0]
+    with pytest.raises(ValueError, match="found top_k 0; needed: 1 or more"):
+        soup.predict(None, [{"image": images[0]}], {"top_k": 0})
+
+
+def test_a_row_of_a_later_batch_is_named_by_its_place(served: tuple[served_model.Soup, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_model, "BATCH", 2)
+    with pytest.raises(ValueError, match="row 3: found int"):
+        served[0].predict(None, [*[{"image": png(0, 0)}] * 3, {"image": 1}])
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
@@ -103,10 +128,33 @@ def test_a_picture_too_large_is_refused_before_it_is_decoded(
     monkeypatch.setattr(served_model, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="pixels, at most 100"):
         served[0].predict(None, [{"image": png(0, 0)}])
+    monkeypatch.setattr(served_model, "MAX_BYTES", 99)
+    with pytest.raises(ValueError, match="needed: an image file of 1 to 99 bytes"):
+        served[0].predict(None, [{"image": png(0, 0)}])
+    with pytest.raises(ValueError, match="characters of base64; needed: an image file of 1 to 99 bytes"):
+        served[0].predict(None, [{"image": base64.b64encode(png(0, 0)).decode()}])
 
 
 def test_the_file_imports_nothing_of_this_repository_and_only_what_is_pinned() -> None:
     tree = ast.parse(Path(served_model.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert not {"stockpot", "flows", "tasks", "deployments", "pickle"} & {str(module).split(".")[0] for module in modules}
+    roots = {str(module).split(".")[0] for module in modules}
+    assert not {"stockpot", "flows", "tasks", "deployments", "pickle"} & roots
+    known = packages_distributions()
+    pinned = {pin.partition("==")[0] for pin in registry.requirements()}
+    assert all(pinned & set(known[root]) for root in roots - sys.stdlib_module_names)
+
+
+def test_the_exported_program_gives_the_same_answers_for_any_batch(
+    served: tuple[served_model.Soup, Any], config: ModelConfig, tmp_path: Path
+) -> None:
+    _, model = served
+    save_weights(tmp_path / "model.safetensors", model.state_dict())
+    (tmp_path / "model.json").write_bytes(canonical(config))
+    served_model.export(tmp_path, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for count in (1, 2, 5):
+        pixels = torch.stack([eval_transform(decode(png(seed, seed % 3)), PREPROCESS) for seed in range(count)])
+        with torch.inference_mode():
+            assert torch.allclose(program(pixels / 255), logits(model, pixels, PREPROCESS), atol=1e-5)

@@ -32,7 +32,7 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
     told = explain(model)
     assert f"{model} version 1 is champion." in told
     assert all(trial in told for trial in report.ingredients)
-    assert "Gate: Promoted: the first version" in told
+    assert "Gate: Promoted: there is no champion" in told
     assert reproduce(f"{model}/1").soup_sha256 == report.soup_sha256
 
     trial = report.ingredients[0]

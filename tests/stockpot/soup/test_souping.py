@@ -56,8 +56,8 @@ def test_the_run_holds_card_picture_gate_logits_and_the_soup(ground: Ground, swe
     report = cook(sweep.id, say=quiet)
     assert client().get_run(report.mlflow_run_id).data.tags["mlflow.parentRunId"] == tracking.open_sweep(sweep)
     assert tracking.read_picture(report).startswith(b"\x89PNG")
-    assert "## Greedy decisions" in tracking.read_report_text(report, "card.md")
-    assert report.soup_sha256[:12] in tracking.read_report_text(report, "report.html")
+    assert "## Greedy decisions" in tracking.read_text(report.mlflow_run_id, "card.md")
+    assert report.soup_sha256[:12] in tracking.read_text(report.mlflow_run_id, "report.html")
     logits = load_weights(tracking.fetch_report_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path / "files"))
     assert {name: len(tensor) for name, tensor in logits.items()} == dict.fromkeys(("labels", "best_single", "uniform", "greedy"), 30)
     folder = tmp_path / "model"
@@ -72,7 +72,7 @@ def test_one_trial_ships_as_a_soup_of_one_and_the_card_says_so(ground: Ground, s
     (only,) = finish_trials(ground, sweep, tmp_path, only=[2])
     report = cook(sweep.id, say=quiet)
     assert (report.ingredients, report.soup_sha256) == ((only.trial_id,), only.weights_sha256)
-    assert "the best single model" in tracking.read_report_text(report, "card.md")
+    assert "the best single model" in tracking.read_text(report.mlflow_run_id, "card.md")
 
 
 def test_unfit_ingredients_are_left_out_with_their_reason(ground: Ground, sweep: Sweep, tmp_path: Path) -> None:

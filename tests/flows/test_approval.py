@@ -1,0 +1,60 @@
+"""Promise: what passes a gate with `approval` waits, suspended and without a process, until a person resumes it; the answer moves the
+alias."""
+
+import os
+import time
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.flow_runs import resume_flow_run
+
+from deployments.starting import start, watch_to_end
+from stockpot.config import GateSpec
+from stockpot.ledger import registry
+
+pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(400)]
+
+
+def approvals(model):
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"model:{model}", "approval"]))
+        return client.read_flow_runs(flow_run_filter=wanted)
+
+
+def wait_for(model, state, timeout_s=120):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        (run,) = approvals(model)
+        if run.state.name == state:
+            return run
+        time.sleep(0.5)
+    raise AssertionError(f"the approval is {run.state.name}: {run.state.message}")
+
+
+def retrain(request):
+    return start("retrain/stockpot", {"request": request.model_dump(mode="json")}, name=f"retrain-{request.model}", tags=[])
+
+
+@pytest.mark.parametrize(("model", "answer"), [("approved", True), ("declined", False)])
+def test_a_person_has_the_last_word(stack, request_for, model, answer):
+    request = request_for(model, seeds=(1,)).model_copy(update={"gate": GateSpec(approval=True)})
+    watch_to_end(retrain(request))
+    run = wait_for(model, "Suspended")
+    pid = int(run.infrastructure_pid.split(":")[-1])
+    assert pid != os.getpid()
+    gone = time.monotonic() + 60
+    while psutil.pid_exists(pid) and time.monotonic() < gone:
+        time.sleep(0.2)
+    assert not psutil.pid_exists(pid), "a suspended run holds no process"
+    assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == (None, 1)
+    watch_to_end(retrain(request))
+    assert len(approvals(model)) == 1, "the same decision is asked about once"
+
+    resume_flow_run(run.id, run_input={"approved": answer, "note": "read by a test"})
+    wait_for(model, "Completed")
+    expected = (1, None) if answer else (None, 1)
+    assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == expected
+    said = registry.read_tags(registry.read_version(model, 1))["stockpot.approval"]
+    assert said == f"{'approved' if answer else 'declined'} by hand: read by a test"
