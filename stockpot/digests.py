@@ -33,6 +33,11 @@ def short(value: Any) -> str:
     return digest(value)[:SHORT]
 
 
+def text_digest(text: str) -> str:
+    """The sha256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """The sha256 of a file's bytes, read once in pieces."""
     with path.open("rb") as file:

@@ -27,6 +27,7 @@ class Ingredient(Closed):
     model_id: str = Field(description="MLflow LoggedModel that holds the weights, logits and card.")
     mlflow_run_id: str
     weights_sha256: str
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of the logits, the card and the config beside the weights.")
     init_digest: str
     transform_digest: str = Field(description="Of the evaluation transform: accuracies with different digests are never compared.")
     held_out: Accuracy
@@ -92,6 +93,15 @@ class AlphaPoint(Closed):
     scores: Scores
 
 
+class ClassChange(Closed):
+    """One class on the gate split: right answers of the best single model and of the shipped soup."""
+
+    name: str
+    seen: int
+    single: int
+    soup: int
+
+
 class SoupReport(Closed):
     """Everything a person or the gate needs to know of one cooked sweep."""
 
@@ -115,6 +125,7 @@ class SoupReport(Closed):
         default_factory=dict, description="Trial id to its angles with every trial of `trials`, seen from the init, in degrees."
     )
     trials: tuple[TrialPoint, ...]
+    classes: tuple[ClassChange, ...] = Field((), description="On the gate split, in the order of the labels.")
     excluded: dict[str, str] = Field(default_factory=dict, description="Trial id to the reason it was left out.")
     seconds: float = 0.0
 

@@ -104,10 +104,11 @@ class FaultyProxy:
 
 
 @contextmanager
-def faulty_proxy(port: int) -> Iterator[FaultyProxy]:
-    """A running proxy in front of a server of this machine."""
+def faulty_proxy(port: int, listen: int = 0) -> Iterator[FaultyProxy]:
+    """A running proxy in front of a server of this machine, on a port of its own or on `listen`."""
     proxy = FaultyProxy(port)
-    proxy.listener.bind(("127.0.0.1", 0))
+    proxy.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    proxy.listener.bind(("127.0.0.1", listen))
     proxy.listener.listen(64)
     thread = threading.Thread(target=proxy._accept, daemon=True)
     thread.start()

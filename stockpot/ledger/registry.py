@@ -52,10 +52,12 @@ def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Pat
         tags = {"stockpot.soup_sha256": soup_sha256}
         made = client().create_logged_model(home, f"soup-{soup_sha256[:12]}", mlflow_run_id, tags=tags, model_type="stockpot.soup")
         with TemporaryDirectory(prefix="stockpot-package-") as scratch:
-            client().log_model_artifacts(made.model_id, str(_package(Path(scratch), folder, made.model_id, mlflow_run_id, torch_export)))
+            package = _package(Path(scratch), folder, made.model_id, mlflow_run_id, torch_export)
+            files = {str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*")) if path.is_file()}
+            client().log_model_artifacts(made.model_id, str(package))
         client().finalize_logged_model(made.model_id, "READY")
         client().log_outputs(mlflow_run_id, [LoggedModelOutput(made.model_id, 0)])
-        client().set_logged_model_tags(made.model_id, {"stockpot.stored_soup": soup_sha256})
+        client().set_logged_model_tags(made.model_id, {"stockpot.files": json.dumps(files), "stockpot.stored_soup": soup_sha256})
         return str(made.model_id)
 
 
@@ -65,7 +67,8 @@ def register_once(model: str, model_id: str, soup_sha256: str, mlflow_run_id: st
         return found
     with asking():
         _create_model(model)
-        tags = {**tags, "stockpot.soup_sha256": soup_sha256}
+        files = client().get_logged_model(model_id).tags.get("stockpot.files", "{}")
+        tags = {**tags, "stockpot.soup_sha256": soup_sha256, "stockpot.files": files}
         made = client().create_model_version(
             model, f"models:/{model_id}", mlflow_run_id, tags=tags, description=description, model_id=model_id
         )
@@ -131,7 +134,7 @@ def models_behind_versions() -> set[str]:
 
 
 def fetch_version(version: ModelVersion, folder: Path) -> Path:
-    """Download a version's model and return the folder of its weights. Raises `RegistryError` when they are not the registered ones."""
+    """Download a version's model and return the folder of its weights. Raises `RegistryError` when any file is not the registered one."""
     with asking():
         client()
         source = f"models:/{version.model}/{version.version}"
@@ -146,6 +149,12 @@ def fetch_version(version: ModelVersion, folder: Path) -> Path:
             f"Version {version.version} of {version.model} holds weights with sha256 {found[:12]}, not the registered "
             f"{version.soup_sha256[:12]}; its files were changed: delete the version and register the soup again."
         )
+    for name, sha256 in json.loads(read_tags(version).get("stockpot.files", "{}")).items():
+        if not (folder / name).exists() or file_digest(folder / name) != sha256:
+            raise RegistryError(
+                f"`{name}` of version {version.version} of {version.model} is not the file that was registered; its files were changed: "
+                "delete the version and register the soup again."
+            )
     return weights.parent
 
 
@@ -203,6 +212,12 @@ def read_tags(version: ModelVersion) -> dict[str, str]:
     """All tags of a version."""
     with asking():
         return dict(client().get_model_version(version.model, str(version.version)).tags)
+
+
+def run_of(version: ModelVersion) -> str:
+    """The MLflow run a version was made by."""
+    with asking():
+        return str(client().get_model_version(version.model, str(version.version)).run_id)
 
 
 def read_decision(version: ModelVersion) -> GateDecision | None:

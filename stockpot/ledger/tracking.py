@@ -122,6 +122,9 @@ def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
         download_artifacts(artifact_uri=f"models:/{ingredient.model_id}", dst_path=str(folder), tracking_uri=address())
     if (found := file_digest(folder / INGREDIENT_FILES[0])) != ingredient.weights_sha256:
         raise _mismatch(ingredient, f"its weights have sha256 {found[:12]}, recorded were {ingredient.weights_sha256[:12]}")
+    for name, sha256 in ingredient.files.items():
+        if file_digest(folder / name) != sha256:
+            raise _mismatch(ingredient, f"{name} has another sha256 than the recorded {sha256[:12]}")
     return folder
 
 
@@ -284,6 +287,7 @@ class TrialLog:
             model_id=model.model_id,
             mlflow_run_id=self.mlflow_run_id,
             weights_sha256=file_digest(folder / INGREDIENT_FILES[0]),
+            files={name: file_digest(folder / name) for name in INGREDIENT_FILES[1:]},
             init_digest=trial.init.digest,
             transform_digest=transform_digest,
             held_out=held_out,

@@ -33,12 +33,15 @@ def explain(name: str) -> str:
 
 
 def reproduce(name: str) -> ModelVersion:
-    """Average the version's ingredients again, from the ledger, and compare the sha256 of the result with the registered one.
+    """Average the version's ingredients again, from the ledger, and compare the sha256 of the result with the registered one; and compare
+    every file of the version, its card, its report and the gate's evidence with the digests taken when they were made.
 
-    Returns the version when they are equal. Raises `RegistryError` when they are not, and `IngredientMismatch` for a changed ingredient.
+    Returns the version when all are equal. Raises `RegistryError` when they are not, and `IngredientMismatch` for a changed ingredient.
     """
     version = registry.resolve(name)
     report = read_report(version)
+    releasing.read_record(version, "card.md")
+    releasing.read_judgement(version)
     with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
         folder = Path(scratch)
         files = [_fetch(version, trial, folder / str(place)) for place, trial in enumerate(sorted(report.ingredients))]
@@ -57,14 +60,8 @@ def reproduce(name: str) -> ModelVersion:
 
 
 def read_report(version: ModelVersion) -> SoupReport:
-    """The report a version was registered from. Raises `RegistryError` for a version Stockpot did not make."""
-    sweep_id = registry.read_tags(version).get("stockpot.sweep")
-    report = tracking.read_report(sweep_id) if sweep_id else None
-    if report is None or report.soup_sha256 != version.soup_sha256:
-        raise RegistryError(
-            f"{version.model} version {version.version} has no soup report in the ledger; it was not made by Stockpot's `soup`."
-        )
-    return report
+    """The report a version was registered from. Raises `RegistryError` for a version Stockpot did not make, and for a changed record."""
+    return SoupReport.model_validate_json(releasing.read_record(version, "report.json"))
 
 
 def _fetch(version: ModelVersion, trial: str, folder: Path) -> Weights:

@@ -5,19 +5,22 @@ and a stored decision is carried out, not taken again, unless the request's gate
 no longer champion. Aliases move by compare-and-set under a lock, and are read back.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from stockpot.config import GateSpec
 from stockpot.data.node_cache import cache_root, locked
-from stockpot.digests import digest, short
+from stockpot.digests import digest, short, text_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
 from stockpot.release.gating import gather_evidence
 from stockpot.release.judging import Judgement, Side, judge, replay
+from stockpot.soup import card
 
 
 def register(report: SoupReport) -> ModelVersion:
@@ -30,11 +33,28 @@ def register(report: SoupReport) -> ModelVersion:
         "stockpot.transform": report.transform_digest,
         "stockpot.ingredients": ",".join(report.ingredients),
     }
-    card = tracking.read_text(report.mlflow_run_id, "card.md")
+    record = {"report.json": report.model_dump_json(indent=1), "card.md": card.write(report)}
     with _alone(report.model):
-        version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, card)
+        for name, text in record.items():
+            tracking.store_text(report.mlflow_run_id, f"{_place(report.soup_sha256)}/{name}", text)
+        version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, record["card.md"])
+        registry.write_tag(version, "stockpot.record", json.dumps({name: text_digest(text) for name, text in record.items()}))
     _verify(version, registry.try_out)
     return version
+
+
+def read_record(version: ModelVersion, name: Literal["report.json", "card.md"]) -> str:
+    """A file as it was when the version was registered: a sweep cooked again has another report. Raises `RegistryError` when it changed."""
+    tags = registry.read_tags(version)
+    if "stockpot.record" not in tags:
+        raise RegistryError(f"{version.model} version {version.version} has no record of its soup; it was not made by Stockpot's `soup`.")
+    text = tracking.read_text(registry.run_of(version), f"{_place(version.soup_sha256)}/{name}")
+    if text_digest(text) != json.loads(tags["stockpot.record"])[name]:
+        raise RegistryError(
+            f"`{name}` of {version.model} version {version.version} is not what was registered; the record was changed: write it again "
+            f"with `stockpot soup {tags['stockpot.sweep']}`."
+        )
+    return text
 
 
 def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecision:
@@ -75,11 +95,17 @@ def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersio
 
 def read_judgement(version: ModelVersion) -> Judgement | None:
     """The stored decision with its evidence, taken again from it; None where there is none. Raises `RegistryError` when they disagree."""
-    place = registry.read_tags(version).get("stockpot.evidence", "")
-    if not place:
+    tags = registry.read_tags(version)
+    if "stockpot.evidence" not in tags:
         return None
-    mlflow_run_id, _, name = place.removeprefix("runs:/").partition("/")
-    return replay(tracking.read_text(mlflow_run_id, name))
+    mlflow_run_id, _, name = tags["stockpot.evidence"].removeprefix("runs:/").partition("/")
+    text = tracking.read_text(mlflow_run_id, name)
+    if text_digest(text) != tags["stockpot.evidence_sha256"]:
+        raise RegistryError(
+            f"The gate's evidence for {version.model} version {version.version} (`{name}`) is not what was stored; the record was changed: "
+            "request another gate to judge the version again."
+        )
+    return replay(text)
 
 
 def promote(model: str, number: int | None = None) -> ModelVersion:
@@ -110,10 +136,17 @@ def _decide(report: SoupReport, version: ModelVersion, champion: int | None, spe
         folders = {side: registry.fetch_version(one, Path(scratch) / side) for side, one in versions.items()}
         evidence = gather_evidence(tracking.read_sweep(report.sweep_id), versions, folders, spec)
     decision = judge(evidence)
-    name = f"gate/version-{version.version}-against-{champion or 'none'}-{short(spec)}.json"
-    tracking.store_text(report.mlflow_run_id, name, Judgement(decision=decision, evidence=evidence).model_dump_json(indent=1))
+    text = Judgement(decision=decision, evidence=evidence).model_dump_json(indent=1)
+    name = f"{_place(version.soup_sha256)}/gate-against-{champion or 'none'}-{short(spec)}.json"
+    tracking.store_text(report.mlflow_run_id, name, text)
+    registry.write_tag(version, "stockpot.evidence_sha256", text_digest(text))
     registry.write_tag(version, "stockpot.evidence", f"runs:/{report.mlflow_run_id}/{name}")
     return decision
+
+
+def _place(soup_sha256: str) -> str:
+    """Where a version's record lies on its soup's run."""
+    return f"versions/{soup_sha256[:12]}"
 
 
 def _carry_out(version: ModelVersion, decision: GateDecision) -> None:

@@ -2,50 +2,75 @@
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from stockpot.config import Sweep
 from stockpot.outcomes import Accuracy, Scores, SoupReport
-from stockpot.soup import card, picture
+from stockpot.soup import card, figures, picture
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
-td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}tr.kept{background:#eef7ee}img{max-width:100%}small{color:#666}code{font-size:.85em}"""
+STYLE = """:root{color-scheme:light}
+body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;margin:0 auto;max-width:68rem;padding:2rem 1.25rem 4rem;color:#1d2733}
+h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.6rem 0 .4rem;padding-top:.8rem;border-top:1px solid #e3e8ee}
+p{max-width:46rem}p.lead{font-size:1.05rem;margin-top:0}small,p.note{color:#5b6876;font-size:.88rem}code{font-size:.85em;color:#39485a}
+ul.facts{display:flex;flex-wrap:wrap;gap:.75rem;list-style:none;padding:0;margin:1.2rem 0}
+ul.facts li{border:1px solid #e3e8ee;border-radius:.5rem;padding:.6rem 1rem;min-width:8.5rem;background:#fafbfc}
+ul.facts b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}ul.facts span{color:#5b6876;font-size:.82rem}
+div.wide{overflow-x:auto}table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums;font-size:.9rem;white-space:nowrap}
+td,th{padding:.3rem .75rem;border-bottom:1px solid #e9edf1;text-align:right}th{color:#5b6876;font-weight:600}
+td:first-child,th:first-child{text-align:left}tr.kept td{background:#eef7f0}td small{display:block;line-height:1.1;font-size:.78rem}
+img{max-width:100%;height:auto;display:block;margin:.6rem 0}"""
 
 
 def write(report: SoupReport, sweep: Sweep) -> str:
     """The whole page."""
     title = f"{report.model}: {report.recipe} soup {report.soup_sha256[:12]}"
     parts = [
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(card.verdict(report))}</p>",
-        _image(picture.draw(report), "Held-out accuracy against the mean over shift suites, one point a trial"),
-        "<h2>Scores, %</h2>",
-        "<p><small>In brackets: 95 % Wilson interval. held_out is selected on, gate decides promotion, test is only read.</small></p>",
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(card.verdict(report))}</p>',
+        _facts(report),
+        _image(picture.draw(report, "svg"), "Held-out accuracy against the mean over shift suites, one point a trial"),
+        _section("Scores", "In percent, with 95 % Wilson intervals. held_out is selected on, gate decides promotion, test is only read."),
         _scores(report),
-        "<h2>Greedy decisions on held_out</h2>",
+        _section(
+            "Greedy decisions", "Right answers on held_out, trial by trial. A candidate that is lost already is not looked at further."
+        ),
+        _image(figures.growth(report.steps), "Held-out accuracy of the greedy soup after every candidate"),
         _decisions(report),
-        "<h2>What each kept trial added</h2>",
-        _image(_growth(report), "Held-out accuracy of the greedy soup against its number of ingredients"),
+        _classes(report),
         _alphas(report),
         _angles(report),
-        "<h2>Trials</h2>",
+        _section("Trials", "Best first; those in the greedy soup are tinted. Settings are the ones the sweep varied."),
         _trials(report, sweep),
         _excluded(report),
+        _identity(report),
     ]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
+
+
+def _facts(report: SoupReport) -> str:
+    """The numbers people ask for first: the shipped soup, and its gain over the best single model."""
+    soup, single = report.scores[report.recipe], report.scores["best_single"]
+    told = {"trials in the soup": f"{len(report.ingredients)} of {len(report.trials)}"}
+    for name, after, before in (
+        ("held_out", soup.held_out.value, single.held_out.value),
+        ("test", soup.test.value if soup.test else None, single.test.value if single.test else None),
+        ("mean shift", soup.shift_average, single.shift_average),
+    ):
+        if after is not None and before is not None:
+            told[f"{name}, {100 * (after - before):+.2f} against the best single"] = f"{100 * after:.2f} %"
+    return f'<ul class="facts">{"".join(f"<li><b>{value}</b><span>{name}</span></li>" for name, value in told.items())}</ul>'
 
 
 def _scores(report: SoupReport) -> str:
     suites = sorted(report.scores["best_single"].shifts)
-    rows = [[name.replace("_", " "), *[_interval(one) for one in _splits(scores, suites)]] for name, scores in report.scores.items()]
-    return _table(["", "held_out", "gate", "test", *suites], rows)
+    rows = [
+        [html.escape(name.replace("_", " ")), *[_interval(one) for one in _splits(scores, suites)], _percent(scores.shift_average)]
+        for name, scores in report.scores.items()
+    ]
+    shipped = html.escape(report.recipe.replace("_", " "))
+    return _table(["", "held_out", "gate", "test", *suites, "mean shift"], rows, {shipped})
 
 
 def _splits(scores: Scores, suites: Sequence[str]) -> list[Accuracy | None]:
@@ -56,7 +81,7 @@ def _interval(score: Accuracy | None) -> str:
     if score is None:
         return ""
     ends = binomtest(score.correct, score.seen).proportion_ci(0.95, "wilson")
-    return f"{100 * score.value:.2f} [{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
+    return f"{100 * score.value:.2f}<small>{100 * ends.low:.1f}–{100 * ends.high:.1f}</small>"
 
 
 def _decisions(report: SoupReport) -> str:
@@ -75,77 +100,77 @@ def _decisions(report: SoupReport) -> str:
     return _table(head, rows, {step.trial_id for step in report.steps if step.kept})
 
 
-def _trials(report: SoupReport, sweep: Sweep) -> str:
-    settings = {name: trial.settings for trial in sweep.trials for name in trial.ingredient_ids}
-    drawn = sorted({"learning_rate", *sweep.request.sweep.space})
-    rows = []
-    for point in sorted(report.trials, key=lambda one: -one.scores.held_out.correct):
-        values = [getattr(settings[point.trial_id], name) for name in drawn]
-        shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        shift = point.scores.shift_average
-        rows.append([point.trial_id, *shown, f"{100 * point.scores.held_out.value:.2f}", "" if shift is None else f"{100 * shift:.2f}"])
-    return _table(["trial", *drawn, "held_out, %", "mean shift, %"], rows, {point.trial_id for point in report.trials if point.kept})
-
-
-def _excluded(report: SoupReport) -> str:
-    items = "".join(f"<li><code>{trial}</code> {html.escape(reason)}</li>" for trial, reason in report.excluded.items())
-    return f"<h2>Left out before cooking</h2><ul>{items}</ul>" if items else ""
-
-
-def _growth(report: SoupReport) -> bytes:
-    figure, kept = _figure(), [step for step in report.steps if step.kept]
-    axes = figure.add_subplot(xlabel="ingredients", ylabel="held_out, %")
-    axes.plot([step.size for step in kept], [100 * step.after.value for step in kept], marker="o", color="#d62728")
-    axes.set_xticks([step.size for step in kept])
-    axes.grid(visible=True, alpha=0.3)
-    return _png(figure)
+def _classes(report: SoupReport) -> str:
+    moved = sum(one.soup != one.single for one in report.classes)
+    if not moved:
+        return ""
+    told = (
+        f"{moved} of {len(report.classes)} classes changed on the gate split; the ones that changed most, at most {figures.SHOWN_CLASSES}."
+    )
+    return _section("Classes", told) + _image(figures.classes(report.classes), "Right answers won and lost per class")
 
 
 def _alphas(report: SoupReport) -> str:
     if not report.alphas:
         return ""
-    figure = _figure(2)
-    axes = [
-        figure.add_subplot(1, 2, place + 1, xlabel="alpha (0 init, 1 model)", ylabel=f"{what}, %")
-        for place, what in enumerate(("held_out", "mean shift"))
-    ]
-    for name, points in report.alphas.items():
-        places = [point.alpha for point in points]
-        axes[0].plot(places, [100 * point.scores.held_out.value for point in points], marker="o", label=name.replace("_", " "))
-        axes[1].plot(places, [100 * (point.scores.shift_average or 0) for point in points], marker="o", label=name.replace("_", " "))
-    for one in axes:
-        one.grid(visible=True, alpha=0.3)
-        one.legend()
-    return "<h2>On the line to the init</h2>" + _image(_png(figure), "Accuracy of weights interpolated with the init")
+    told = "Weights between the init and each model. A peak inside means some of the init's robustness is worth keeping."
+    return _section("On the line to the init", told) + _image(figures.alphas(report.alphas), "Accuracy of weights between init and model")
 
 
 def _angles(report: SoupReport) -> str:
     if not report.angles:
         return ""
-    ids = list(report.angles)
-    rows = [[trial, *[f"{angle:.0f}" for angle in report.angles[trial]]] for trial in ids]
-    return "<h2>Angles between trials, seen from the init, in degrees</h2>" + _table(["", *[trial[:6] for trial in ids]], rows)
+    told = "Between every two trials, seen from the init, in degrees. Small: the two learned the same; near 90: unrelated directions."
+    return _section("Angles", told) + _image(figures.angles(report.angles), "Angle between every two trials")
+
+
+def _trials(report: SoupReport, sweep: Sweep) -> str:
+    settings = {name: trial.settings for trial in sweep.trials for name in trial.ingredient_ids}
+    varied = sorted({"learning_rate", *sweep.request.sweep.space, *sweep.request.sweep.grid})
+    rows = []
+    for point in sorted(report.trials, key=lambda one: (-one.scores.held_out.correct, one.trial_id)):
+        own = settings.get(point.trial_id)
+        values = [getattr(own, name) if own else "" for name in varied]
+        shown = [f"{value:.3g}" if isinstance(value, float) else html.escape(str(value)) for value in values]
+        rows.append([point.trial_id, *shown, _interval(point.scores.held_out), _percent(point.scores.shift_average)])
+    return _table(["trial", *varied, "held_out", "mean shift"], rows, {point.trial_id for point in report.trials if point.kept})
+
+
+def _excluded(report: SoupReport) -> str:
+    items = "".join(f"<li><code>{html.escape(trial)}</code> {html.escape(reason)}</li>" for trial, reason in report.excluded.items())
+    return f"<h2>Left out before cooking</h2><ul>{items}</ul>" if items else ""
+
+
+def _identity(report: SoupReport) -> str:
+    facts = {
+        "weights sha256": report.soup_sha256,
+        "init": report.init_digest,
+        "evaluation transform": report.transform_digest,
+        "sweep": report.sweep_id,
+        "ingredients": ", ".join(report.ingredients),
+    }
+    rows = [[name, f"<code>{html.escape(value)}</code>"] for name, value in facts.items()]
+    return _section("Identity", "Rebuild the weights from the ingredients and compare them: <code>stockpot reproduce</code>.") + _table(
+        [], rows
+    )
+
+
+def _section(title: str, told: str) -> str:
+    return f'<h2>{title}</h2><p class="note">{told}</p>'
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kept: set[str] | None = None) -> str:
+    """Cells are HTML; the head is text. Rows whose first cell is in `kept` are tinted."""
     body = "".join(
-        f"<tr{' class=kept' if kept and row[0] in kept else ''}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
+        f"<tr{' class=kept' if kept and row[0] in kept else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows
     )
-    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{body}</table>"
+    names = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>" if head else ""
+    return f'<div class="wide"><table>{names}{body}</table></div>'
 
 
-def _image(png: bytes, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _figure(columns: int = 1) -> Figure:
-    figure = Figure(figsize=(6.0 * columns, 4.0), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+def _image(svg: bytes, text: str) -> str:
+    return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'

@@ -3,6 +3,7 @@ Wortsman et al. 2022, arXiv:2203.05482). Without suites, against the test split 
 """
 
 import io
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,9 +18,9 @@ MARKS = {
 }
 
 
-def draw(report: SoupReport) -> bytes:
-    """The picture as PNG."""
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+def draw(report: SoupReport, kind: Literal["png", "svg"] = "png") -> bytes:
+    """The picture as PNG, or as SVG."""
+    figure = Figure(figsize=(7.2, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     by_shift = report.scores["best_single"].shift_average is not None
@@ -31,7 +32,7 @@ def draw(report: SoupReport) -> bytes:
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="best")
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.savefig(data, format=kind)
     return data.getvalue()
 
 

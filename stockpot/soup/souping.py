@@ -16,13 +16,14 @@ from stockpot.checkpoints import save_weights
 from stockpot.config import Sweep
 from stockpot.digests import canonical
 from stockpot.ledger import registry, tracking
-from stockpot.outcomes import Accuracy, GreedyStep, Scores, SoupReport, TrialPoint
+from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, page, picture
 from stockpot.soup.comparing import Comparison, compare
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked
 from stockpot.soup.soupability import Pool, check_accuracy, gather
+from stockpot.soup.statistics import right
 
 Say = Callable[[str], None]
 
@@ -93,7 +94,16 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         excluded=pool.excluded,
     )
     gate_logits = {name: kitchen.logits(kitchen.soup(trials), "gate") for name, trials in recipes.items()}
-    return _record(report, sweep, pool, gate_logits | {"labels": torch.as_tensor(kitchen.splits["gate"].labels)}, folder, began)
+    labels_N = torch.as_tensor(kitchen.splits["gate"].labels)
+    report = report.model_copy(update={"classes": _classes(pool.config.classes, labels_N, gate_logits["best_single"], gate_logits[wanted])})
+    return _record(report, sweep, pool, gate_logits | {"labels": labels_N}, folder, began)
+
+
+def _classes(names: Sequence[str], labels_N: Tensor, single_NC: Tensor, soup_NC: Tensor) -> tuple[ClassChange, ...]:
+    """Right answers per class, of the best single model and of the soup."""
+    counts = [torch.bincount(labels_N[chosen], minlength=len(names)).tolist() for chosen in (
+        labels_N >= 0, right(single_NC, labels_N), right(soup_NC, labels_N))]  # fmt: skip
+    return tuple(ClassChange(name=name, seen=seen, single=one, soup=two) for name, seen, one, two in zip(names, *counts, strict=True))
 
 
 def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: Say) -> list[GreedyStep]:

@@ -12,6 +12,7 @@ from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
+from stockpot.release.explaining import read_report
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
@@ -69,6 +70,7 @@ def report_of(model: str, number: int) -> SoupReport:
     sweep = registry.read_tags(registry.read_version(model, number))["stockpot.sweep"]
     report = tracking.read_report(sweep)
     assert report is not None
+    assert report == read_report(registry.read_version(model, number))
     return report
 
 

@@ -1,17 +1,19 @@
 """Guards: a version can be told and rebuilt from the ledger alone, and one changed bit is found."""
 
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from stockpot.config import GateSpec
+from stockpot.config import GateSpec, SoupSpec
 from stockpot.errors import IngredientMismatch, RegistryError
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
-from stockpot.release.explaining import explain, reproduce
+from stockpot.release.explaining import explain, read_report, reproduce
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
@@ -35,16 +37,74 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
     assert "Gate: Promoted: there is no champion" in told
     assert reproduce(f"{model}/1").soup_sha256 == report.soup_sha256
 
-    trial = report.ingredients[0]
-    ingredient = tracking.find_ingredient(model, trial)
+    version = registry.read_version(model, 1)
+    ingredient = tracking.find_ingredient(model, report.ingredients[0])
     assert ingredient is not None
-    weights = tmp_path / "model.safetensors"
-    data = bytearray((tracking.fetch_ingredient(ingredient, tmp_path / "copy") / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    client().log_model_artifact(ingredient.model_id, str(weights))
-    with pytest.raises(IngredientMismatch, match="sha256"):
-        reproduce(model)
+    soup, trial = tmp_path / "soup", tmp_path / "trial"
+    registry.fetch_version(version, soup)
+    tracking.fetch_ingredient(ingredient, trial)
+    evidence = registry.read_tags(version)["stockpot.evidence"].partition(f"{report.mlflow_run_id}/")[2]
+    record = f"versions/{report.soup_sha256[:12]}"
+    places = {
+        "weights with sha256": lambda: model_file(report.model_id, soup, "artifacts/soup/model.safetensors"),
+        "artifacts/soup/model.json": lambda: model_file(report.model_id, soup, "artifacts/soup/model.json"),
+        "served_model.py": lambda: model_file(report.model_id, soup, "served_model.py"),
+        "its weights have sha256": lambda: model_file(ingredient.model_id, trial, "model.safetensors"),
+        "card.json has another": lambda: model_file(ingredient.model_id, trial, "card.json"),
+        "held_out.safetensors has another": lambda: model_file(ingredient.model_id, trial, "held_out.safetensors"),
+        "`report.json` of": lambda: run_file(report.mlflow_run_id, f"{record}/report.json"),
+        "`card.md` of": lambda: run_file(report.mlflow_run_id, f"{record}/card.md"),
+        "The gate's evidence": lambda: run_file(report.mlflow_run_id, evidence),
+    }
+    for told, flip in places.items():
+        mend = flip()
+        with pytest.raises((RegistryError, IngredientMismatch), match=told):
+            reproduce(model)
+        mend()
+    assert reproduce(model).version == 1
+
+
+Mend = Callable[[], None]
+
+
+def model_file(model_id: str, folder: Path, name: str) -> Mend:
+    """Flip one bit of a stored model's file; returns what puts it back."""
+
+    def store(data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        get_artifact_repository(client().get_logged_model(model_id).artifact_location).log_artifact(
+            str(folder / name), str(Path(name).parent) if "/" in name else None
+        )
+
+    data = (folder / name).read_bytes()
+    store(flipped(data))
+    return lambda: store(data)
+
+
+def run_file(mlflow_run_id: str, name: str) -> Mend:
+    """The same for a text file of a run."""
+    text = tracking.read_text(mlflow_run_id, name)
+    tracking.store_text(mlflow_run_id, name, flipped(text.encode()).decode())
+    return lambda: tracking.store_text(mlflow_run_id, name, text)
+
+
+def flipped(data: bytes) -> bytes:
+    """The lowest bit of the byte in the middle."""
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 1
+    return bytes(changed)
+
+
+def test_a_version_keeps_its_own_record_when_its_sweep_is_cooked_again(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    sweep = tiny_sweep(ground, f"explaining-{uuid4().hex[:8]}", 3, SoupSpec(recipe="uniform"))
+    versions = []
+    for only in ((0,), (1, 2)):
+        finish_trials(ground, sweep, tmp_path, only=only)
+        report = cook(sweep.id, say=[].append)
+        versions.append((releasing.register(report), report))
+    assert [version.version for version, _ in versions] == [1, 2]
+    assert [read_report(version) for version, _ in versions] == [report for _, report in versions]
+    assert [reproduce(f"{sweep.request.model}/{number}").version for number in (1, 2)] == [1, 2]
 
 
 def test_names_that_lead_nowhere_are_refused(ledger: str) -> None:

@@ -1,11 +1,14 @@
 """Guards: picture, card and page of a soup are whole for every kind of report, escape what people wrote, and need no other file."""
 
 import re
+from base64 import b64decode
+from html.parser import HTMLParser
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from stockpot.config import RetrainRequest, Sweep, SweepSpec
-from stockpot.outcomes import Accuracy, AlphaPoint, GreedyStep, Scores, SoupReport, TrialPoint
+from stockpot.config import RetrainRequest, Sweep
+from stockpot.outcomes import Accuracy, AlphaPoint, ClassChange, GreedyStep, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, page, picture
 from stockpot.sweeps import plan
 from tests.requests_for_tests import DATA, INIT, REQUEST
@@ -17,7 +20,7 @@ def score(correct: int) -> Accuracy:
 
 @pytest.fixture
 def sweep() -> Sweep:
-    return plan(RetrainRequest.model_validate({**REQUEST, "sweep": SweepSpec(trials=3).model_dump()}), DATA, INIT)
+    return plan(RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 3, "grid": {"mixup": [0.0, 0.2, 0.5]}}}), DATA, INIT)
 
 
 def report(sweep: Sweep, shifts: bool, full: bool) -> SoupReport:
@@ -35,7 +38,8 @@ def report(sweep: Sweep, shifts: bool, full: bool) -> SoupReport:
         transform_digest="t", best_single=ids[0], ingredients=tuple(ids[:2]), steps=steps,
         scores=dict.fromkeys(("best_single", "uniform", "greedy"), scores), trials=points,
         excluded={"feedbeef": "its `<head>` holds a NaN"} if full else {}, alphas={"greedy": line} if full else {},
-        angles={ids[0]: (0.0, 90.0, 80.0)} if full else {},
+        angles={ids[0]: (0.0, 90.0, 80.0), ids[1]: (90.0, 0.0, 75.0), ids[2]: (80.0, 75.0, 0.0)} if full else {},
+        classes=(ClassChange(name="<zero>", seen=9, single=7, soup=8), ClassChange(name="one", seen=9, single=5, soup=5)) if full else (),
     )  # fmt: skip
 
 
@@ -47,7 +51,12 @@ def test_the_page_stands_alone_and_says_everything(sweep: Sweep, shifts: bool, f
     assert all(trial.id in text for trial in sweep.trials)
     assert "at most 188" in text
     assert ("&lt;head&gt;" in text) is full
-    assert ("On the line to the init" in text) is full
+    for title in ("On the line to the init", "1 of 2 classes changed", "<h2>Angles</h2>"):
+        assert (title in text) is full
+    assert "95.00<small>91.0–97.3</small>" in text, "190 of 200 with its Wilson interval"
+    assert "mixup" in text, "a setting of the grid is told"
+    HTMLParser().feed(text)
+    assert all(ET.fromstring(b64decode(svg)) is not None for svg in re.findall(r"image/svg\+xml;base64,([^\"]+)", text))
     assert ("blur" in text) is shifts
     assert picture.draw(one).startswith(b"\x89PNG")
 

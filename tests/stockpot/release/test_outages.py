@@ -1,0 +1,138 @@
+"""Guards: whatever goes away in the middle (the object store under the ledger, the ledger itself, before each step) and however many
+soups are released at once, a soup becomes one version and one champion."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from stockpot.config import GateSpec, SoupSpec
+from stockpot.errors import ServerUnreachable
+from stockpot.ledger import registry
+from stockpot.ledger.connection import client
+from stockpot.outcomes import SoupReport
+from stockpot.release import releasing
+from stockpot.release.explaining import reproduce
+from stockpot.soup.souping import cook
+from tests.faulty_proxy import faulty_proxy
+from tests.mlflow_server import free_port, mlflow_server
+from tests.object_store import ObjectStore
+from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+LENIENT = GateSpec(gate_tolerance=1.0, shift_tolerance=1.0)
+
+
+class Surroundings:
+    """A ledger on an object store, each of which can go and come back at its address."""
+
+    def __init__(self, root: Path, store: ObjectStore) -> None:
+        self._root, self._store = root, store
+        self._ports = {"store": free_port(), "ledger": free_port()}
+        self._up: dict[str, ExitStack] = {}
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._ports['ledger']}"
+
+    def start(self, name: str) -> None:
+        self._up[name] = ExitStack()
+        if name == "store":
+            self._up[name].enter_context(faulty_proxy(self._store.port, self._ports["store"]))
+        else:
+            environ = {**self._store.environ, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._ports['store']}", "AWS_MAX_ATTEMPTS": "1",
+                       "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{self._ports['store']}"}  # fmt: skip
+            destination = self._store.uri(f"mlflow-{self._ports['ledger']}")
+            self._up[name].enter_context(mlflow_server(self._root, self._ports["ledger"], destination, environ))
+
+    def stop(self, name: str) -> None:
+        if up := self._up.pop(name, None):
+            up.close()
+
+
+@pytest.fixture
+def surroundings(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surroundings]:
+    (tmp_path / "server").mkdir()
+    around = Surroundings(tmp_path / "server", store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", around.address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        around.start("store")
+        around.start("ledger")
+        yield around
+    finally:
+        around.stop("ledger")
+        around.stop("store")
+
+
+def release(sweep_id: str) -> None:
+    """What the soup flow does."""
+    report = cook(sweep_id, say=[].append)
+    releasing.gate(report, releasing.register(report), GateSpec())
+
+
+def goes_away(around: Surroundings, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but `what` goes away just before its first call."""
+
+    def call(*arguments: Any) -> Any:
+        around.stop(what)
+        return function(*arguments)
+
+    return call
+
+
+def test_a_release_interrupted_before_every_step_registers_once(
+    ground: Ground, surroundings: Surroundings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = f"outages-{uuid4().hex[:8]}"
+    sweep = tiny_sweep(ground, model, 2)
+    finish_trials(ground, sweep, tmp_path)
+    for what, step in (("store", "_package"), ("ledger", "_package"), ("ledger", "_create_model"), ("store", "fetch_version"),
+                       ("ledger", "fetch_version"), ("ledger", "set_alias"), ("ledger", "note_change")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, step, goes_away(surroundings, what, getattr(registry, step)))
+            with pytest.raises(ServerUnreachable, match="MLFLOW_TRACKING_URI"):
+                release(sweep.id)
+        surroundings.start(what)
+    release(sweep.id)
+    release(sweep.id)
+    assert [found.version for found in client().search_model_versions(f"name = '{model}'")] == ["1"]
+    assert registry.alias_version(model, "champion") == 1
+    assert [line["after"] for line in registry.read_history(model)] == [1]
+    assert reproduce(model).version == 1
+
+
+def released_in_a_process(report: SoupReport, environ: dict[str, str]) -> tuple[int, bool]:
+    os.environ.update(environ)
+    version = releasing.register(report)
+    return version.version, releasing.gate(report, version, LENIENT).promoted
+
+
+def test_soups_released_at_once_are_one_version_each_and_one_champion(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    model = f"outages-{uuid4().hex[:8]}"
+    reports = []
+    for trials, recipe in ((1, "greedy"), (3, "uniform")):
+        sweep = tiny_sweep(ground, model, trials, SoupSpec.model_validate({"recipe": recipe}))
+        finish_trials(ground, sweep, tmp_path)
+        reports.append(cook(sweep.id, say=[].append))
+    environ = {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "XDG_CACHE_HOME")}
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        ended = list(pool.map(released_in_a_process, reports * 2, [environ] * 4))
+    assert all(promoted for _, promoted in ended)
+    assert ended[:2] == ended[2:]
+    assert {number for number, _ in ended} == {1, 2} == {int(one.version) for one in client().search_model_versions(f"name = '{model}'")}
+    history = registry.read_history(model)
+    assert [(line["before"], line["after"]) for line in history] == [
+        (None, history[0]["after"]),
+        (history[0]["after"], history[1]["after"]),
+    ]
+    assert registry.alias_version(model, "champion") == history[1]["after"]
+    assert registry.alias_version(model, "previous") == history[0]["after"]
