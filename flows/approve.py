@@ -19,16 +19,14 @@ from tasks.policies import stated_failure
 class Approval(RunInput):
     """The form behind Resume."""
 
-    approved: bool = Field(description="Make it champion. Otherwise it stays challenger.")
+    approved: bool = Field(False, description="Make it champion. Otherwise it stays challenger.")
     note: str = Field("", max_length=400, description="Why; kept in the history of champions.")
 
 
 @flow(name="approve", flow_run_name="approve-{version.model}-{version.version}", description=__doc__)
 def approve(version: ModelVersion, reason: str = "") -> ModelVersion | State[Any]:
     """Wait for a person, then carry out the answer. Resumed, the flow runs again from its first line and finds the answer there."""
-    asked = Approval.with_initial_data(
-        description=f"Shall version {version.version} of **{version.model}** become champion?\n\n{reason}", approved=False
-    )
+    asked = Approval.with_initial_data(f"Shall version {version.version} of **{version.model}** become champion?\n\n{reason}")
     answer = suspend_flow_run(wait_for_input=asked, timeout=None, key="approval")
     try:
         return settle_approval(version, answer.approved, answer.note)

@@ -214,12 +214,6 @@ def read_tags(version: ModelVersion) -> dict[str, str]:
         return dict(client().get_model_version(version.model, str(version.version)).tags)
 
 
-def run_of(version: ModelVersion) -> str:
-    """The MLflow run a version was made by."""
-    with asking():
-        return str(client().get_model_version(version.model, str(version.version)).run_id)
-
-
 def read_decision(version: ModelVersion) -> GateDecision | None:
     """What the gate decided about a version; None when it has not been judged, or by a gate of an earlier Stockpot."""
     text = read_tags(version).get("stockpot.decision")

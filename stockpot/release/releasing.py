@@ -33,26 +33,26 @@ def register(report: SoupReport) -> ModelVersion:
         "stockpot.transform": report.transform_digest,
         "stockpot.ingredients": ",".join(report.ingredients),
     }
-    record = {"report.json": report.model_dump_json(indent=1), "card.md": card.write(report)}
+    told = card.write(report)
     with _alone(report.model):
-        for name, text in record.items():
-            tracking.store_text(report.mlflow_run_id, f"{_place(report.soup_sha256)}/{name}", text)
-        version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, record["card.md"])
-        registry.write_tag(version, "stockpot.record", json.dumps({name: text_digest(text) for name, text in record.items()}))
+        version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, told)
+        if "stockpot.record" not in registry.read_tags(version):
+            _keep_record(report, version, {"report.json": report.model_dump_json(indent=1), "card.md": told})
     _verify(version, registry.try_out)
     return version
 
 
 def read_record(version: ModelVersion, name: Literal["report.json", "card.md"]) -> str:
-    """A file as it was when the version was registered: a sweep cooked again has another report. Raises `RegistryError` when it changed."""
+    """A file as it was when the version was registered. Raises `RegistryError` when it was changed."""
     tags = registry.read_tags(version)
     if "stockpot.record" not in tags:
         raise RegistryError(f"{version.model} version {version.version} has no record of its soup; it was not made by Stockpot's `soup`.")
-    text = tracking.read_text(registry.run_of(version), f"{_place(version.soup_sha256)}/{name}")
-    if text_digest(text) != json.loads(tags["stockpot.record"])[name]:
+    record = json.loads(tags["stockpot.record"])
+    text = tracking.read_text(record["mlflow_run_id"], f"{_place(version)}/{name}")
+    if text_digest(text) != record["sha256"][name]:
         raise RegistryError(
-            f"`{name}` of {version.model} version {version.version} is not what was registered; the record was changed: write it again "
-            f"with `stockpot soup {tags['stockpot.sweep']}`."
+            f"`{name}` of {version.model} version {version.version} is not what was registered; the record was changed: restore the file, "
+            f"or delete the version and register its soup again with `stockpot soup {tags['stockpot.sweep']}`."
         )
     return text
 
@@ -126,6 +126,14 @@ def rollback(model: str) -> ModelVersion:
         return _crown(model, previous, "rolled back by hand", registry.alias_version(model, "champion"))
 
 
+def _keep_record(report: SoupReport, version: ModelVersion, files: dict[str, str]) -> None:
+    """The version's own copy: its sweep may be cooked again, and another sweep may come to the same soup."""
+    for name, text in files.items():
+        tracking.store_text(report.mlflow_run_id, f"{_place(version)}/{name}", text)
+    record = {"mlflow_run_id": report.mlflow_run_id, "sha256": {name: text_digest(text) for name, text in files.items()}}
+    registry.write_tag(version, "stockpot.record", json.dumps(record))
+
+
 def _decide(report: SoupReport, version: ModelVersion, champion: int | None, spec: GateSpec) -> GateDecision:
     if champion == version.version:
         return GateDecision(promoted=True, reason="It is the champion already.", gate_digest=digest(spec), champion_before=champion)
@@ -137,16 +145,16 @@ def _decide(report: SoupReport, version: ModelVersion, champion: int | None, spe
         evidence = gather_evidence(tracking.read_sweep(report.sweep_id), versions, folders, spec)
     decision = judge(evidence)
     text = Judgement(decision=decision, evidence=evidence).model_dump_json(indent=1)
-    name = f"{_place(version.soup_sha256)}/gate-against-{champion or 'none'}-{short(spec)}.json"
+    name = f"{_place(version)}/gate-against-{champion or 'none'}-{short(spec)}.json"
     tracking.store_text(report.mlflow_run_id, name, text)
     registry.write_tag(version, "stockpot.evidence_sha256", text_digest(text))
     registry.write_tag(version, "stockpot.evidence", f"runs:/{report.mlflow_run_id}/{name}")
     return decision
 
 
-def _place(soup_sha256: str) -> str:
+def _place(version: ModelVersion) -> str:
     """Where a version's record lies on its soup's run."""
-    return f"versions/{soup_sha256[:12]}"
+    return f"versions/{version.soup_sha256[:12]}"
 
 
 def _carry_out(version: ModelVersion, decision: GateDecision) -> None:
