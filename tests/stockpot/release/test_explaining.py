@@ -95,6 +95,7 @@ def flipped(data: bytes) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_a_version_keeps_its_own_record_when_its_sweep_is_cooked_again(ground: Ground, ledger: str, tmp_path: Path) -> None:
     sweep = tiny_sweep(ground, f"explaining-{uuid4().hex[:8]}", 3, SoupSpec(recipe="uniform"))
     versions = []

@@ -129,6 +129,7 @@ def test_a_champion_of_other_classes_or_another_transform_is_not_compared(
     assert releasing.promote(model).version == version.version
 
 
+@pytest.mark.slow
 def test_a_champion_that_another_writer_moved_is_not_overwritten(
     ground: Ground, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_champion_that_another_writer_moved_is_not_overwritten(
     assert registry.alias_version(model, "champion") == third.version
 
 
+@pytest.mark.slow
 def test_a_version_that_waits_is_challenger_until_a_person_answers(ground: Ground, model: str, tmp_path: Path) -> None:
     spec = GateSpec(approval=True, gate_tolerance=1.0, shift_tolerance=1.0)
     version, decision = released(cooked(ground, model, tmp_path, 1), spec)
