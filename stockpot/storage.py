@@ -15,14 +15,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from stockpot import s3, s3_bodies
 from stockpot.errors import ObjectExists, ObjectMissing, SnapshotBroken, StorageError, StorageRefused
 from stockpot.s3 import StoredObject
 from stockpot.s3_bodies import Interrupted
 
-__all__ = ["Interrupted", "StoredObject", "check", "download", "exists", "fetch", "join", "list_prefix", "read_bytes", "remove"]
+__all__ = [
+    "Interrupted",
+    "StoredObject",
+    "check",
+    "download",
+    "exists",
+    "fetch",
+    "fetch_hashed",
+    "join",
+    "list_prefix",
+    "read_bytes",
+    "remove",
+]
 __all__ += ["upload", "write_bytes"]
 
 CHUNK = 2**20
@@ -78,6 +90,17 @@ def fetch(uri: str, sink: Callable[[bytes], Any], *, etag: str | None = None) ->
             raise SnapshotBroken(f"{uri} was replaced since it was listed, or while it was read; publish or register it again.") from error
 
 
+def fetch_hashed(uri: str, file: BinaryIO, *, etag: str | None = None) -> tuple[Fetched, str]:
+    """Write the object's bytes to an open file; returns what `fetch` took, and their sha256."""
+    sha256 = hashlib.sha256()
+
+    def sink(piece: bytes) -> None:
+        file.write(piece)
+        sha256.update(piece)
+
+    return fetch(uri, sink, etag=etag), sha256.hexdigest()
+
+
 def _guarded(sink: Callable[[bytes], Any], uri: str) -> Callable[[bytes], None]:
     def write(piece: bytes) -> None:
         try:
@@ -114,22 +137,14 @@ def download(uri: str, path: Path, sha256: str | None = None) -> None:
     A cut connection is resumed where it stopped.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hasher = hashlib.sha256()
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
-
-            def sink(piece: bytes) -> None:
-                file.write(piece)
-                hasher.update(piece)
-
-            fetch(uri, sink)
+            _, found = fetch_hashed(uri, file)
             file.flush()
             os.fsync(file.fileno())
-        if sha256 is not None and hasher.hexdigest() != sha256:
-            raise SnapshotBroken(
-                f"{uri} hashes to sha256 {hasher.hexdigest()[:12]}, {sha256[:12]} was recorded: it is damaged or was replaced."
-            )
+        if sha256 is not None and found != sha256:
+            raise SnapshotBroken(f"{uri} hashes to sha256 {found[:12]}, {sha256[:12]} was recorded: it is damaged or was replaced.")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from stockpot.data.images import Undecodable, decode
+from stockpot.data.indexing import SCHEMA
 from stockpot.errors import DataError
 
 UNREADABLE = "unreadable image"
@@ -20,18 +21,7 @@ UNREADABLE = "unreadable image"
 KEPT = 20
 """Examples kept of each kind of problem; all are counted."""
 
-ROWS = pa.schema(
-    [
-        pa.field("key", pa.string()),
-        pa.field("shard", pa.int32()),
-        pa.field("offset", pa.int64()),
-        pa.field("size", pa.int64()),
-        pa.field("label", pa.int32()),
-        pa.field("digest", pa.binary(32)),
-        pa.field("group", pa.binary()),
-        pa.field("readable", pa.bool_()),
-    ]
-)
+ROWS = pa.schema([*(column for column in SCHEMA if column.name != "split"), ("group", pa.binary()), ("readable", pa.bool_())])
 """What is known of a sample before the splits are drawn."""
 
 

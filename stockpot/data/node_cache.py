@@ -6,7 +6,6 @@ releases when the holder dies. Local disks only: the lock does not work on NFS.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -183,21 +182,15 @@ def _held(active: Path) -> list[str]:
 
 def _fetch(uri: str, sha256: str, size: int, target: Path, etag: str | None) -> Fetched:
     part = target.with_suffix(f".{os.getpid()}.part")
-    hasher = hashlib.sha256()
     try:
         with part.open("wb") as file:
-
-            def sink(piece: bytes) -> None:
-                file.write(piece)
-                hasher.update(piece)
-
-            fetched = storage.fetch(uri, sink, etag=etag)
+            fetched, found = storage.fetch_hashed(uri, file, etag=etag)
             file.flush()
             os.fsync(file.fileno())
-        if (fetched.size, hasher.hexdigest()) != (size, sha256):
+        if (fetched.size, found) != (size, sha256):
             raise SnapshotBroken(
-                f"Shard {uri} has {fetched.size:,} bytes with sha256 {hasher.hexdigest()[:12]}, the manifest says {size:,} bytes with "
-                f"{sha256[:12]}: the object was damaged or replaced. Restore it, or publish a new snapshot."
+                f"Shard {uri} has {fetched.size:,} bytes with sha256 {found[:12]}, the manifest says {size:,} bytes with {sha256[:12]}: "
+                "the object was damaged or replaced. Restore it, or publish a new snapshot."
             )
         part.chmod(0o444)
         part.rename(target)

@@ -70,14 +70,8 @@ def register(
 
 def _examined(number: int, item: StoredObject, root: str, folder: Path, examiner: Examiner, pool: ThreadPoolExecutor) -> Finished:
     path = folder / "shard.tar"
-    sha256 = hashlib.sha256()
     with path.open("wb") as file:
-
-        def sink(piece: bytes) -> None:
-            file.write(piece)
-            sha256.update(piece)
-
-        storage.fetch(item.uri, sink, etag=item.etag)
+        _, sha256 = storage.fetch_hashed(item.uri, file, etag=item.etag)
     problems = Problems()
     name = item.uri.removeprefix(f"{root.rstrip('/')}/")
     tables = [ROWS.empty_table()]
@@ -86,7 +80,7 @@ def _examined(number: int, item: StoredObject, root: str, folder: Path, examiner
         for at in range(0, len(found), EXAMINED_AT_ONCE):
             candidates = [_candidate(sample, tar.fileno()) for sample in found[at : at + EXAMINED_AT_ONCE]]
             tables.append(examiner.rows(number, name, candidates, pool, problems))
-    shard = Shard(key=name, size=item.size, sha256=sha256.hexdigest(), etag=item.etag, counts={})
+    shard = Shard(key=name, size=item.size, sha256=sha256, etag=item.etag, counts={})
     return Finished(shard, pa.concat_tables(tables), problems)
 
 
