@@ -106,7 +106,7 @@ def _gate(version: ModelVersion) -> str:
 
 def _history(version: ModelVersion) -> str:
     lines = [
-        f"  {one['when']}  {one['before']} -> {one['after']}  {one['why'].split('(')[0].strip()}"
+        f"  {one['when']}  {one['before'] or 'none'} -> {one['after']}  {one['why'].split('(')[0].strip()}"
         for one in registry.read_history(version.model)
     ]
     return "\n".join(["Champions so far:", *lines[-5:]]) if lines else ""

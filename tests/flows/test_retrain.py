@@ -84,7 +84,13 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
     assert report.scores["greedy"].held_out.correct >= report.scores["best_single"].held_out.correct
 
     shown = artifacts("s")
-    for key in (f"sweep-{sweep_id}-trials", f"sweep-{sweep_id}-progress", f"soup-{sweep_id}-decisions", f"soup-{sweep_id}-picture"):
+    for key in (
+        f"sweep-{sweep_id}-trials",
+        f"sweep-{sweep_id}-progress",
+        f"soup-{sweep_id}-decisions",
+        f"soup-{sweep_id}-picture",
+        f"soup-{sweep_id}-report",
+    ):
         assert key in shown
     assert shown[f"sweep-{sweep_id}-progress"]["data"] == 100
 
