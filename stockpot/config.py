@@ -333,6 +333,13 @@ class FanOutSpec(Closed):
         description="Seconds between training states in the store: a killed trial loses at most these. On SIGTERM one is written at once.",
     )
     retry_delay_s: int = Field(30, ge=1, le=3600, description="Seconds between a crash and the next attempt.")
+    gpus: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="GPUs of one node that train a trial together, each on its share of every batch (on a node without any: processes). "
+        "`batch_size` must be a multiple of it, with mixup or CutMix of twice it; BatchNorm sees a GPU's share.",
+    )
     budget_s: int | None = Field(
         None,
         ge=1,
@@ -418,6 +425,7 @@ class Trial(Closed):
     reading: Literal["auto", "cached", "streamed"] = "auto"
     state_interval_s: int = 300
     budget_s: int | None = None
+    gpus: int = 1
 
     def ingredient_id(self, ema_decay: float = 0.0) -> str:
         """The id of the ingredient the trial leaves: its own, or that of a moving average of its weights."""

@@ -5,7 +5,8 @@ StockpotError                    a stated failure: the command line prints the m
 ├── Transient                    worth another attempt later, unchanged
 │   ├── ServerUnreachable        Prefect, MLflow or the object store does not answer
 │   ├── DeviceBusy               every GPU of the node is held by another trial
-│   └── BudgetSpent              a trial has had its time; its state is saved for the next attempt
+│   ├── BudgetSpent              a trial has had its time; its state is saved for the next attempt
+│   └── RankLost                 one of the processes of a trial on several GPUs vanished
 ├── StorageError                 the object store answered, but not with what was asked
 │   ├── StorageRefused           credentials, bucket or permission
 │   ├── ObjectMissing            no such object, or an empty prefix
@@ -50,6 +51,10 @@ class DeviceBusy(Transient):
 
 class BudgetSpent(Transient):
     """A trial has had its time; its state is saved for the next attempt."""
+
+
+class RankLost(Transient):
+    """One of the processes of a trial on several GPUs vanished."""
 
 
 class StorageError(StockpotError):

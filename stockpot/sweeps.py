@@ -48,7 +48,10 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
 
 
 def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
-    """The whole sweep: its id, and one self-contained `Trial` per draw, identified by what decides its result."""
+    """The whole sweep: its id, and one self-contained `Trial` per draw, identified by what decides its result.
+
+    Raises `BadRequest` for a space without as many trials, and for a batch that its GPUs cannot share.
+    """
     sweep = sweep_id(request, data, init)
     trials = tuple(
         Trial(
@@ -65,10 +68,25 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
             reading=request.data.reading,
             state_interval_s=request.fan_out.state_interval_s,
             budget_s=request.fan_out.budget_s,
+            gpus=_ranks(index, settings, request.fan_out.gpus),
         )
         for index, settings in enumerate(draw(request.sweep))
     )
     return Sweep(id=sweep, request=request, data=data, init=init, trials=trials)
+
+
+def _ranks(index: int, settings: TrialSettings, gpus: int) -> int:
+    """The GPUs of a trial: as many as asked for, one to evaluate an untrained init. Mixed pairs must fall on one GPU, so these come in
+    even shares."""
+    if settings.max_steps == 0:
+        return 1
+    share = gpus * (2 if gpus > 1 and (settings.mixup or settings.cutmix) else 1)
+    if settings.batch_size % share:
+        raise BadRequest(
+            f"Trial {index} has a batch of {settings.batch_size}, which {gpus} GPUs cannot share evenly; make `batch_size` a multiple of "
+            f"{share}, or change `gpus`."
+        )
+    return gpus
 
 
 def _settings(spec: SweepSpec, index: int) -> TrialSettings:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stockpot.checkpoints import first_non_finite
 from stockpot.config import Preprocess, TrialSettings
@@ -38,18 +39,21 @@ class Batch(Protocol):
 class Training:
     """A model on its way, from the shared init or from a training state.
 
-    Raises `BadRequest` when `frozen` names no parameter, or all of them.
+    rank, world: this process among those that train the model together, each on its share of every batch; gradients are averaged over
+    them. Raises `BadRequest` when `frozen` names no parameter, or all of them.
     """
 
-    def __init__(self, model: nn.Module, settings: TrialSettings, preprocess: Preprocess) -> None:
+    def __init__(self, model: nn.Module, settings: TrialSettings, preprocess: Preprocess, *, rank: int = 0, world: int = 1) -> None:
         optimisation.freeze(model, settings.frozen)
-        self.model, self.settings, self.preprocess = model, settings, preprocess
+        self.model, self.settings, self.preprocess, self.rank = model, settings, preprocess, rank
         self.device = next(model.parameters()).device
         self.rule = optimisation.optimiser(model, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.loss = loss_function(settings)
         self.averages = MovingAverages(model, settings.ema_decays)
-        self.forward = Compiled(model) if settings.compile else model
+        self.forward: nn.Module = Compiled(model) if settings.compile else model
+        if world > 1:
+            self.forward = DistributedDataParallel(self.forward)
         self.step = 0
 
     def advance(self, batch: Batch, rate: float) -> Tensor:
@@ -63,7 +67,7 @@ class Training:
     def _advance(self, batch: Batch, rate: float) -> Tensor:
         settings = self.settings
         rng = random.Random(f"{settings.seed}/{self.step}")
-        torch.manual_seed(rng.getrandbits(63))
+        torch.manual_seed(rng.getrandbits(63) ^ self.rank)  # dropout differs between ranks, the mixing does not
         images_B3HW = normalise(batch.images.to(self.device, non_blocking=True), self.preprocess)
         labels_B = batch.labels.to(self.device, non_blocking=True)
         images_B3HW, share = mix(images_B3HW, settings, rng)
@@ -90,10 +94,11 @@ class Training:
         total = torch.zeros((), device=self.device)
         for start in range(0, size, piece):
             part = slice(start, start + piece)
-            with self._autocast():
-                logits_BC = self.forward(images_B3HW[part])
-            loss = self.loss(logits_BC.float(), labels_B[part], partners_B[part], share) * (len(logits_BC) / size)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            with self._shared(last=start + piece >= size):
+                with self._autocast():
+                    logits_BC = self.forward(images_B3HW[part])
+                loss = self.loss(logits_BC.float(), labels_B[part], partners_B[part], share) * (len(logits_BC) / size)
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
@@ -101,17 +106,22 @@ class Training:
         kind = AUTOCAST[self.settings.precision]
         return nullcontext() if kind is None else torch.autocast(self.device.type, kind)
 
+    def _shared(self, *, last: bool) -> Any:
+        """Ranks share their gradients with the last piece of a batch."""
+        return nullcontext() if last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync()
+
     def _out_of_memory(self, batch: Batch) -> str:
         """The sentence, after trying smaller forward passes until one fits beside the optimiser's moments."""
         self.rule.zero_grad(set_to_none=True)
         tried, size = min(self.settings.micro_batch or len(batch.labels), len(batch.labels)), len(batch.labels)
-        moments = [] if self.rule.state else [torch.empty_like(one) for one in self.model.parameters() if one.requires_grad for _ in "mv"]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        moments = [] if self.rule.state else [torch.empty_like(one) for one in trained for _ in range(2)]
 
         def attempt(images: int) -> None:
             images_B3HW = normalise(batch.images[:images].to(self.device), self.preprocess)
             with self._autocast():
                 loss = self.model(images_B3HW).float().sum()
-            loss.backward()
+            torch.autograd.grad(loss, trained)  # not `backward`, which would wait for the other ranks
 
         fits = largest_fitting(attempt, tried)
         del moments

@@ -1,4 +1,5 @@
-"""The training loop of one trial, on one device. Values in, weights out: batches, a log, a score and a checkpoint are arguments.
+"""The training loop of one trial, on one device or as one of several ranks. Values in, weights out: batches, a log, a score and a
+checkpoint are arguments.
 
 The rate is a function of the step and so is every random draw. So a training state is tensors and a step number (`moving_parts`), and a
 trial resumed from it repeats the rest exactly.
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from stockpot.config import Preprocess, TrialSettings
 from stockpot.errors import NonFinite
@@ -48,14 +49,17 @@ def train(
     resume: State | None = None,
     checkpoint: Checkpoint = lambda _step, _state: None,
     score: Score | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[float, Candidate]:
     """Fine-tune the model in place, from the start or from a state. Returns its candidates by decay of their average: 0 is the weights
     themselves, and the model ends with them.
 
-    score: asked every `evaluate_every_steps`, whose best weights the candidates then are. Raises `NonFinite` with the step when the loss
-    or a weight is no number, `TrialFailed` when memory runs out, `BadRequest` for `frozen` names that the model does not have.
+    score: asked every `evaluate_every_steps`, whose best weights the candidates then are. rank, world: this process among those that train
+    together (`ranks`); its batches are its shares. Raises `NonFinite` with the step when the loss or a weight is no number, `TrialFailed`
+    when memory runs out, `BadRequest` for `frozen` names that the model does not have.
     """
-    training = Training(model.to(device).train(), settings, preprocess)
+    training = Training(model.to(device).train(), settings, preprocess, rank=rank, world=world)
     best = Best()
     if resume is not None:
         training.restore(resume)
@@ -69,7 +73,10 @@ def train(
             losses.append(training.advance(batch, rate))
             step = training.step
             if step % LOG_EVERY_STEPS == 0 or step == total:
-                log({"train/loss": _mean_loss(losses, step), "train/learning_rate": rate, "train/epoch": step / steps_per_epoch}, step)
+                log(
+                    {"train/loss": _mean_loss(losses, step, world), "train/learning_rate": rate, "train/epoch": step / steps_per_epoch},
+                    step,
+                )
                 losses.clear()
             if score and settings.evaluate_every_steps and (step % settings.evaluate_every_steps == 0 or step == total):
                 _evaluate(training, best, score, log)
@@ -100,9 +107,12 @@ def _finish(training: Training, best: Best) -> dict[float, Candidate]:
     return {0.0: best.found.get(0.0) or Candidate(on_cpu(model), step), **candidates}
 
 
-def _mean_loss(losses: list[Tensor], step: int) -> float:
-    """The mean of the last losses; one read from the device for all of them."""
-    values = torch.stack(losses).cpu()
+def _mean_loss(losses: list[Tensor], step: int, world: int) -> float:
+    """The mean of the last losses, over all ranks; one read from the device for all of them."""
+    values = torch.stack(losses)
+    if world > 1:
+        distributed.all_reduce(values)
+    values = (values / world).cpu()
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         first = step - len(losses) + int((~finite).nonzero()[0]) + 1

@@ -6,6 +6,7 @@ A trial is complete in itself and known by its digest: one that is already in th
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,7 @@ from stockpot.digests import canonical
 from stockpot.errors import BudgetSpent
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
-from stockpot.models.classifier import Classifier, build
+from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.training import inits
@@ -29,9 +30,13 @@ from stockpot.training.attempts import Attempt
 from stockpot.training.augmentation import augmentation
 from stockpot.training.candidates import Candidate
 from stockpot.training.preemption import Preempted, deferred_sigterm
+from stockpot.training.ranks import Place, run_on_ranks, summed
 from stockpot.training.trainer import Batch, Checkpoint, Log, State, total_steps, train
 
 Say = Callable[[str], None]
+Start = Callable[[], tuple[ModelConfig, dict[str, Tensor]]]
+"""Gives the init."""
+HERE = Place(0, 1, "cpu")
 
 
 def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1, say: Say) -> Ingredient:
@@ -53,11 +58,11 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     snapshot.require_classes(config.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tracking.TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
-        log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest, "device": device})
-        model = build(config)
-        load_state(model, weights)
+        log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest})
+        log.params({"device": device, "gpus": trial.gpus})
         hold = Attempt(trial)
-        candidates = _fine_tune_or_resume(model, trial, snapshot, hold, device=device, log=_note(trial, log, say), say=say)
+        candidates = _candidates(trial, hold, lambda: (config, weights), Path(folder), device=device, log=_note(trial, log, say), say=say)
+        model = build(config)
         held_out = pixels(snapshot, "held_out", config.preprocess)
         for decay, candidate in sorted(candidates.items(), reverse=True):  # the trial's own weights last: with them it is finished
             load_state(model, candidate.weights)
@@ -81,38 +86,50 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         return ingredient
 
 
-def _fine_tune_or_resume(
-    model: Classifier, trial: Trial, snapshot: Snapshot, hold: Attempt, *, device: str, log: Log, say: Callable[[str], None]
-) -> dict[float, Candidate]:
-    """Train to the end, keeping states on the way; on SIGTERM, or when the attempt's time is spent, save one and leave."""
+def _candidates(trial: Trial, hold: Attempt, start: Start, folder: Path, *, device: str, log: Log, say: Say) -> dict[float, Candidate]:
+    """Train to the end, on as many ranks as the trial asks for; told to leave by SIGTERM, end once the state is saved."""
     end = math.inf if trial.budget_s is None else time.monotonic() + trial.budget_s
     with deferred_sigterm() as told_to_leave:
-
-        def checkpoint(step: int, state: Callable[[], State]) -> None:
-            if told_to_leave():
-                hold.save(step, state())
-                raise Preempted
-            if time.monotonic() > end:
-                hold.save(step, state())
-                raise BudgetSpent(
-                    f"Trial {trial.id} has had its {trial.budget_s} s and is saved at step {step}; the next attempt goes on from there."
-                )
-            hold.save_when_due(step, state)
-
-        return fine_tune(
-            model,
-            trial.settings,
-            snapshot,
-            loader_workers=trial.loader_workers,
-            skip_fraction=trial.skip_fraction,
-            reading=trial.reading,
-            say=say,
-            device=device,
-            log=log,
-            resume=hold.resume(),
-            checkpoint=checkpoint,
-        )
+        if trial.gpus == 1:
+            return _on_place(trial, hold, end, start, Place(0, 1, device), told_to_leave, log, say)
+        work = partial(_on_place, trial, hold, end, partial(inits.fetch, trial.init))
+        return run_on_ranks(trial.gpus, work, folder, told_to_leave=told_to_leave, log=log, say=say)
     raise AssertionError("deferred_sigterm ends the process after Preempted")
+
+
+def _on_place(
+    trial: Trial, hold: Attempt, end: float, start: Start, place: Place, told_to_leave: Callable[[], bool], log: Log, say: Say
+) -> dict[float, Candidate]:
+    """One rank's training, from the init or the last state. The first rank keeps states on the way, and saves one when it must leave:
+    told to, or at `end` on the monotonic clock, which all processes of a node share."""
+
+    def checkpoint(step: int, state: Callable[[], State]) -> None:
+        if told_to_leave():
+            hold.save(step, state())
+            raise Preempted
+        if time.monotonic() > end:
+            hold.save(step, state())
+            raise BudgetSpent(
+                f"Trial {trial.id} has had its {trial.budget_s} s and is saved at step {step}; the next attempt goes on from there."
+            )
+        hold.save_when_due(step, state)
+
+    config, weights = start()
+    model = build(config)
+    load_state(model, weights)
+    return fine_tune(
+        model,
+        trial.settings,
+        open_snapshot(trial.snapshot),
+        loader_workers=trial.loader_workers,
+        skip_fraction=trial.skip_fraction,
+        reading=trial.reading,
+        say=say,
+        place=place,
+        log=log,
+        resume=hold.resume(),
+        checkpoint=checkpoint if place.rank == 0 else lambda _step, _state: None,
+    )
 
 
 def fine_tune(
@@ -124,12 +141,15 @@ def fine_tune(
     skip_fraction: float = 0.0,
     reading: Reading = "auto",
     say: Callable[[str], None] = print,
-    device: str = "cpu",
+    place: Place = HERE,
     log: Log = lambda _metrics, _step: None,
     resume: State | None = None,
     checkpoint: Checkpoint = lambda _step, _state: None,
 ) -> dict[float, Candidate]:
-    """Train the model in place on the snapshot's train split; returns its candidates, by decay of their moving average."""
+    """Train the model in place on the snapshot's train split; returns its candidates, by decay of their moving average.
+
+    place: the rank that this process is, and its device; every rank reads its share of every batch, and the first one evaluates.
+    """
     preprocess = model.config.preprocess
     reader, last = (
         TrainReader(
@@ -142,6 +162,8 @@ def fine_tune(
             skip_fraction=skip_fraction,
             reading=reading,
             say=say,
+            rank=place.rank,
+            world=place.world,
             # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
             drop_last=snapshot.counts["train"] >= settings.batch_size,
         )
@@ -155,7 +177,7 @@ def fine_tune(
 
     def score(net: nn.Module) -> Accuracy:
         held_out = pixels(snapshot, "held_out", preprocess)
-        return accuracy(logits(net, held_out.images, preprocess, device=device), held_out.labels)
+        return accuracy(logits(net, held_out.images, preprocess, device=place.device), held_out.labels)
 
     candidates = train(
         model,
@@ -163,14 +185,16 @@ def fine_tune(
         batches,
         steps_per_epoch=steps,
         preprocess=preprocess,
-        device=device,
+        device=place.device,
         log=log,
         resume=resume,
         checkpoint=checkpoint,
-        score=score,
+        score=score if place.rank == 0 else None,
+        rank=place.rank,
+        world=place.world,
     )
-    counts = reader.counters + last.counters
-    log({f"data/{name}": float(counts[name]) for name in reader.counters}, total_steps(settings, steps))
+    counts = summed({name: reader.counters[name] + last.counters[name] for name in reader.counters}, place)
+    log({f"data/{name}": float(count) for name, count in counts.items()}, total_steps(settings, steps))
     return candidates
 
 

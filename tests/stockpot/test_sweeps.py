@@ -67,6 +67,26 @@ def test_trial_ids_depend_on_content_only():
     assert [trial.id for trial in plan(other_store, DATA, INIT).trials] == ids
 
 
+@pytest.mark.parametrize(("settings", "multiple"), [({"batch_size": 9}, 2), ({"batch_size": 6, "mixup": 0.3}, 4)])
+def test_a_batch_its_gpus_cannot_share_is_refused_before_any_is_taken(settings, multiple):
+    from stockpot.config import RetrainRequest
+
+    request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "settings": settings}, "fan_out": {"gpus": 2}})
+    with pytest.raises(BadRequest, match=f"make `batch_size` a multiple of {multiple}"):
+        plan(request, DATA, INIT)
+
+
+def test_gpus_change_no_trial_and_an_untrained_init_needs_one():
+    from stockpot.config import RetrainRequest
+
+    alone, together = (
+        plan(RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "init_as_ingredient": True}, "fan_out": fan_out}), DATA, INIT)
+        for fan_out in ({}, {"gpus": 4})
+    )
+    assert [trial.id for trial in alone.trials] == [trial.id for trial in together.trials]
+    assert [trial.gpus for trial in together.trials] == [4, 1]
+
+
 def test_a_grid_is_every_combination_once():
     spec = SweepSpec(trials=6, grid={"learning_rate": [1e-5, 1e-6, 1e-7], "seed": [4, 5]}, space={"mixup": {"uniform": [0.1, 0.2]}})
     drawn = draw(spec)

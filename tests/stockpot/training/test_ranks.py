@@ -1,0 +1,139 @@
+"""Promise: a trial on several ranks sees the samples and ends with the weights of one process; all ranks stop together, with the reason of
+the one that failed, and none outlives its trial."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import psutil
+import pytest
+import torch
+
+from stockpot.checkpoints import load_weights
+from stockpot.config import Trial, TrialSettings
+from stockpot.errors import NonFinite, RankLost
+from stockpot.ledger import tracking
+from stockpot.training.preemption import Preempted
+from stockpot.training.ranks import Place, run_on_ranks
+from stockpot.training.trials import run_trial
+from tests.stockpot.training.test_trials import CHILD, trial_of
+
+SETTINGS = TrialSettings(
+    epochs=4,
+    batch_size=20,
+    learning_rate=1e-3,
+    optimiser="sgd",
+    sam_rho=0.02,
+    mixup=0.2,
+    cutmix=0.2,
+    micro_batch=4,
+    warmup_steps=2,
+    ema_decays=(0.9,),
+    evaluate_every_steps=5,
+)
+
+
+def quiet(_line):
+    pass
+
+
+def test_two_ranks_end_with_the_weights_of_one_process(ground, ledger, tmp_path):
+    """SGD keeps a difference of gradients in proportion, where Adam would blow up the smallest."""
+    alone = trial_of(ground, "one-rank", tmp_path, SETTINGS)
+    together = trial_of(ground, "two-ranks", tmp_path, SETTINGS, gpus=2)
+    for name in together.ingredient_ids:
+        run_trial(alone, say=quiet)
+        run_trial(together, say=quiet)
+        one, other = (
+            load_weights(
+                tracking.fetch_ingredient(tracking.find_ingredient(trial.model, name), tmp_path / trial.model) / "model.safetensors"
+            )
+            for trial in (alone, together)
+        )
+        for tensor in one:
+            assert torch.allclose(one[tensor], other[tensor], atol=1e-6, rtol=1e-5), (name, tensor)
+    from stockpot.ledger.connection import client
+
+    curves = [
+        [
+            (point.step, pytest.approx(point.value, abs=1e-5))
+            for point in client().get_metric_history(tracking.find_ingredient(trial.model, trial.id).mlflow_run_id, curve)
+        ]
+        for trial in (alone, together)
+        for curve in ("train/loss", "data/read")
+    ]
+    assert curves[0] == curves[2]
+    assert curves[1] == curves[3]  # every sample once, over both ranks
+
+
+def fail(reason: str, place: Place, told_to_leave, log, say):
+    """What a rank does in these tests."""
+    say(f"pid {os.getpid()}")
+    log({"seen": 1.0}, 3)
+    if place.rank == 1 and reason == "stated":
+        raise NonFinite("The loss stopped being a number at step 7.")
+    if place.rank == 1 and reason == "broken":
+        raise ZeroDivisionError("by nought")
+    if place.rank == 1 and reason == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not (place.rank == 0 and told_to_leave()):
+        time.sleep(0.05)
+    raise Preempted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reason", "error", "said"),
+    [
+        ("stated", NonFinite, "at step 7"),
+        ("broken", RankLost, "ZeroDivisionError: by nought"),
+        ("killed", RankLost, "Rank 1 of 2 ended with exit code -9"),
+        ("preempted", Preempted, ""),
+    ],
+)
+def test_all_ranks_stop_together_with_the_reason(reason, error, said, tmp_path):
+    lines: list[str] = []
+    logged: list[tuple[dict[str, float], int]] = []
+    with pytest.raises(error, match=said):
+        run_on_ranks(
+            2,
+            partial(fail, reason),
+            tmp_path,
+            told_to_leave=lambda: bool(lines),
+            log=lambda metrics, step: logged.append((metrics, step)),
+            say=lines.append,
+        )
+    assert [line.split()[0] for line in lines] == ["pid"]  # only the first rank speaks
+    assert logged == [({"seen": 1.0}, 3)]
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_trial_on_two_ranks_killed_or_preempted_goes_on_and_leaves_no_rank(number, ground, ledger, tmp_path):
+    settings = SETTINGS.model_copy(update={"epochs": 30})
+    alone = run_trial(trial_of(ground, f"ranks-alone-{number}", tmp_path, settings, gpus=2), say=quiet)
+    trial = trial_of(ground, f"ranks-disturbed-{number}", tmp_path, settings, gpus=2, state_interval_s=0)
+    with start(trial) as child:
+        ranks = psutil.Process(child.pid).children(recursive=True)
+        assert len(ranks) >= 2
+        child.send_signal(number)
+        assert child.wait(60) in (143, -signal.SIGKILL)
+        psutil.wait_procs(ranks, timeout=10)
+        assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    lines: list[str] = []
+    disturbed = run_trial(trial, say=lines.append)
+    assert "step 10 " not in lines[0]
+    assert disturbed.weights_sha256 == alone.weights_sha256
+
+
+def start(trial: Trial) -> subprocess.Popen[str]:
+    """A process running the trial, once its ranks have made progress."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, trial.model_dump_json()], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for _ in range(2):
+        assert "step" in child.stdout.readline()
+    return child
