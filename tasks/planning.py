@@ -32,8 +32,11 @@ async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
 
 def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     from stockpot.training.inits import prepare
+    from stockpot.training.rehearsal import rehearse
 
-    return prepare(request.base, request.init, data.snapshot, request.store)
+    init = prepare(request.base, request.init, data.snapshot, request.store)
+    rehearse(request.sweep, init)
+    return init
 
 
 @task(name="open sweep", **TRANSIENT)

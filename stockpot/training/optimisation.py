@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,20 +45,26 @@ def learning_rate(settings: TrialSettings, step: int, total_steps: int) -> float
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Keep the parameters of these names as they are; `*` and `?` are wildcards.
+    """Keep the parameters of these names as they are; see `frozen_names`."""
+    for name in frozen_names([name for name, _ in model.named_parameters()], patterns):
+        model.get_parameter(name).requires_grad_(False)
+
+
+def frozen_names(parameters: Sequence[str], patterns: Iterable[str]) -> set[str]:
+    """The parameters that the patterns name; `*` and `?` are wildcards.
 
     Raises `BadRequest` for a pattern that names none, with the nearest names, and when nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
     for pattern in patterns:
-        matched = fnmatch.filter(names, pattern)
+        matched = fnmatch.filter(parameters, pattern)
         if not matched:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            near = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.0)
             raise BadRequest(f"`frozen: {pattern}` names no parameter of the model; near are {', '.join(f'`{name}`' for name in near)}.")
-        for name in matched:
-            model.get_parameter(name).requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+        frozen.update(matched)
+    if len(frozen) == len(parameters):
         raise BadRequest("`frozen` leaves no parameter to train; to evaluate the init as it is, ask for `max_steps: 0`.")
+    return frozen
 
 
 def rate_scales(names: Iterable[str], layer_decay: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 alone; a trial's own fault fails it without an ingredient."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stockpot.checkpoints import load_weights
@@ -16,9 +18,11 @@ from stockpot.config import Trial, TrialSettings
 from stockpot.digests import file_digest, short
 from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, TrialFailed
 from stockpot.ledger import tracking
+from stockpot.ledger.connection import client
 from stockpot.sweeps import UNTRAINED
 from stockpot.training.attempts import Attempt
 from stockpot.training.trials import run_trial
+from tests.mlflow_server import free_port, mlflow_server
 from tests.tiny_sweep import tiny_sweep
 
 SETTINGS = TrialSettings(
@@ -176,3 +180,24 @@ def test_a_sweep_whose_trials_are_killed_at_random_ends_with_the_same_ingredient
         folders = [tracking.fetch_ingredient(each, tmp_path / each.model_id) for each in (one, other)]
         assert len({file_digest(folder / "held_out.safetensors") for folder in folders}) == 1
     assert list((tmp_path / "killed-sweep").rglob("*.*")) == []  # no state, no claim
+
+
+@pytest.mark.slow
+def test_a_killed_tracking_server_never_stops_training_and_loses_no_point(ground, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port, root = free_port(), tmp_path / "server"
+    root.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with mlflow_server(root, port):
+        trial = trial_of(ground, "outage", tmp_path, state_interval_s=0)
+        child = start(trial, 1)
+        (server,) = [one for one in psutil.Process().children() if str(port) in one.cmdline()]
+        os.killpg(server.pid, signal.SIGKILL)
+    assert child.stdout is not None
+    assert " step 120 " in child.stdout.read()  # trained to its end with nobody to tell
+    assert child.wait(60) == 1
+    with mlflow_server(root, port):
+        ingredient = run_trial(trial, say=lambda _line: None)
+        points = client().get_metric_history(ingredient.mlflow_run_id, "train/loss")
+        assert sorted({point.step for point in points}) == list(range(10, 121, 10))

@@ -1,0 +1,27 @@
+"""What can be known to fail before a GPU is taken: settings that the init's model, or this library, has no name for.
+
+Ignores names of the user's own (`package.module:name`): they need to be installed where trials run, which may be elsewhere.
+"""
+
+from stockpot import storage
+from stockpot.config import Init, SweepSpec
+from stockpot.models import ModelConfig, build
+from stockpot.sweeps import draw
+from stockpot.training.augmentation import augmentation
+from stockpot.training.losses import loss_function
+from stockpot.training.optimisation import frozen_names
+
+
+def rehearse(spec: SweepSpec, init: Init) -> None:
+    """Name everything the sweep's trials will name. Raises `BadRequest` for what there is not."""
+    drawn = draw(spec)
+    config = ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json"))
+    patterns = {settings.frozen for settings in drawn} - {()}
+    if patterns:
+        parameters = [name for name, _ in build(config).named_parameters()]
+        for frozen in sorted(patterns):
+            frozen_names(parameters, frozen)
+    for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and ":" not in name}):
+        augmentation(name, config.preprocess)
+    for loss, settings in sorted({one.loss: one for one in drawn if ":" not in one.loss}.items()):
+        loss_function(settings.model_copy(update={"loss": loss}))

@@ -1,0 +1,30 @@
+"""Promise: what no trial of a sweep could carry out is refused with its name, before a GPU is taken."""
+
+import pytest
+
+from stockpot.config import SweepSpec
+from stockpot.errors import BadRequest
+from stockpot.training.rehearsal import rehearse
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"frozen": ["head.*", "body.conv9.*"]},
+            r"`frozen: body\.conv9\.\*` names no parameter of the model; near are `body\.conv1\.weight`",
+        ),
+        ({"frozen": ["*"]}, "leaves no parameter to train"),
+        ({"augmentation": "maximal"}, "no augmentation `maximal`"),
+        ({"last_epoch_augmentation": "minimum"}, "no augmentation `minimum`"),
+        ({"loss": "hinge"}, "no loss `hinge`"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused(ground, settings, said):
+    with pytest.raises(BadRequest, match=said):
+        rehearse(SweepSpec(trials=2, settings=settings), ground.init)
+
+
+def test_names_that_exist_or_live_elsewhere_pass(ground):
+    fine = {"frozen": ["head.*"], "loss": "elsewhere:loss", "augmentation": "elsewhere:augment", "last_epoch_augmentation": "minimal"}
+    rehearse(SweepSpec(trials=2, settings=fine), ground.init)
