@@ -36,7 +36,7 @@ from stockpot.soup.recipes.greedy import Accept, greedy
 from stockpot.soup.recipes.weights import Weights, open_weights
 from stockpot.sweeps import draw
 from stockpot.training import inits
-from stockpot.training.trials import fine_tune
+from stockpot.training.course import fine_tune
 
 TRIALS = 24
 SEED = 10

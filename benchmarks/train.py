@@ -4,10 +4,14 @@
 (normalise, forward, cross-entropy, backward, clip, fused AdamW, cosine). The two alternate; a ratio is taken per pair,
 the median is reported.
 `train.start_up`: seconds of CPU from a process' start to its first step, in the named parts.
+`train.concurrent`: steps per second of N trials at once, over those of one alone; the machine has the cores that the entry names.
+`train.memory_*`: what a moving average, SAM and evaluation add to the peak memory of a trial, in copies of its weights. Plain AdamW holds
+four (weights, gradients, two moments) and activations; each figure is of processes of their own, on a model of 300 MB.
 """
 
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -21,11 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stockpot.config import Preprocess, TrialSettings
+from stockpot.evaluation import accuracy, logits
 from stockpot.models.classifier import ModelConfig, build
+from stockpot.outcomes import Accuracy
 from stockpot.training.trainer import train
 
 STEPS, PAIRS, BATCH = 20, 11, 16
 PREPROCESS = Preprocess(size=64, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+SMALL = PREPROCESS.model_copy(update={"size": 32})
 ARCH = {"embed_dim": 128, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64}}
 SETTINGS = TrialSettings(epochs=1, batch_size=BATCH, learning_rate=1e-4, warmup_steps=4)
 START = """
@@ -41,11 +48,29 @@ import stockpot.ledger.tracking; part("mlflow")
 import stockpot.training.trials; part("the rest of a trial")
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]); part("optimiser")
 from benchmarks.train import SETTINGS, batches, model, PREPROCESS
+from stockpot.outcomes import Accuracy
 from stockpot.training.trainer import train
 train(model(), SETTINGS.model_copy(update={"max_steps": 1}), batches, steps_per_epoch=1, preprocess=PREPROCESS)
 part("model and first step")
 print(json.dumps(parts))
 """
+
+
+PEAK = """
+import resource, sys
+import torch
+from benchmarks import train
+torch.set_num_threads(2)
+train.fat_trial(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+FAT = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 1024, "layers": 6, "head_width": 64}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "moving_average": {"ema_decays": (0.999,)},
+    "sam": {"sam_rho": 0.05},
+    "evaluation": {"evaluate_every_steps": 1},
+}
 
 
 class Batch(NamedTuple):
@@ -85,6 +110,8 @@ def measure() -> dict[str, dict[str, Any]]:
             "repeats": 2,
             "spread": parts,
         },
+        "train.concurrent": concurrent(),
+        **memory(),
     }
 
 
@@ -147,3 +174,87 @@ def start_up() -> dict[str, float]:
         json.loads(subprocess.run([sys.executable, "-c", START], env=environ, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)
     ]
     return {name: round(min(run[name] for run in runs), 2) for name in runs[0]}
+
+
+def concurrent(counts: tuple[int, ...] = (1, 2, 4), seconds: float = 8.0) -> dict[str, Any]:
+    """Steps per second of N trials in processes of their own, one thread each, over those of one."""
+    rates = {count: _rate(count, seconds) for count in counts}
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "ratio": rates[cores if cores in rates else counts[-1]] / rates[counts[0]],
+        "unit": f"times the steps per second of one trial, with as many trials as cores ({cores})",
+        "peer": f"one trial alone; {cores} would be perfect",
+        "repeats": 1,
+        "spread": {str(count): round(rate / rates[counts[0]], 2) for count, rate in rates.items()},
+    }
+
+
+def _rate(count: int, seconds: float) -> float:
+    context = multiprocessing.get_context("spawn")
+    steps, ready = context.Value("i", 0), context.Barrier(count + 1)
+    trials = [context.Process(target=_train_on, args=(steps, ready, seconds)) for _ in range(count)]
+    for trial in trials:
+        trial.start()
+    ready.wait()
+    began = time.monotonic()
+    for trial in trials:
+        trial.join()
+    return float(steps.value) / (time.monotonic() - began)
+
+
+def _train_on(steps: Any, ready: Any, seconds: float) -> None:
+    """Train until the time is over and add the steps to the common count."""
+    torch.set_num_threads(1)
+    net = model()
+    ours(net, 5)
+    ready.wait()
+    end, done = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        ours(net, STEPS)
+        done += STEPS
+    with steps.get_lock():
+        steps.value += done
+
+
+def memory() -> dict[str, dict[str, Any]]:
+    """Peak memory of each variant over the plain one's, in copies of the weights."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in fat_model().parameters())
+    peaks = {
+        name: min(
+            int(subprocess.run([sys.executable, "-c", PEAK, name], stdout=subprocess.PIPE, check=True).stdout.split()[-1]) for _ in range(2)
+        )
+        for name in VARIANTS
+    }
+    peers = {
+        "moving_average": "plain AdamW; one more copy is the average itself",
+        "sam": "plain AdamW; one more copy is the weights to come back to",
+        "evaluation": "plain AdamW; one more copy is the best weights so far, kept on the CPU. A copy of the optimiser would be two",
+    }
+    return {
+        f"train.memory_{name}": {
+            "ratio": (peaks[name] - peaks["plain"]) / weights,
+            "unit": "copies of the weights added to the peak",
+            "peer": peer,
+            "repeats": 2,
+            "spread": {"weights_mb": round(weights / 1e6), "plain_mb": round(peaks["plain"] / 1e6), "peak_mb": round(peaks[name] / 1e6)},
+        }
+        for name, peer in peers.items()
+    }
+
+
+def fat_model() -> nn.Module:
+    """Much weight, little activation: what is held twice shows."""
+    torch.manual_seed(0)
+    return build(ModelConfig(kind="open_clip", arch=FAT, preprocess=SMALL, classes=tuple("abcdefghij")))
+
+
+def fat_trial(variant: str) -> None:
+    """Three steps of the fat model with one of `VARIANTS`."""
+    settings = TrialSettings.model_validate({**SETTINGS.model_dump(), "max_steps": 3, **VARIANTS[variant]})
+    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (4,))
+
+    def score(net: nn.Module) -> Accuracy:
+        return accuracy(logits(net, images, SMALL), labels)
+
+    batch = Batch(images, labels)
+    train(fat_model(), settings, lambda _epoch, _skip: iter([batch] * 3), steps_per_epoch=3, preprocess=SMALL, score=score)

@@ -33,7 +33,7 @@ from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked
 from stockpot.sweeps import draw
 from stockpot.training import inits
-from stockpot.training.trials import fine_tune
+from stockpot.training.course import fine_tune
 
 SEEDS = (10, 11, 12, 13, 14, 15)
 SCHEDULES = {"constant": ["constant"], "mixed": ["constant", "cosine"], "cosine": ["cosine"]}

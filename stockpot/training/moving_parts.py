@@ -130,6 +130,11 @@ class Training:
             return f"{found} Not even one image fits: use a device with more memory or a smaller model."
         return f"{found} Measured: {fits} fit. Set `micro_batch` to {fits}: the batch, and the result, stay the same."
 
+    def end(self) -> None:
+        """Give back the memory of gradients and moments: nothing moves any more."""
+        self.rule.zero_grad(set_to_none=True)
+        self.rule.state.clear()
+
     def state(self) -> State:
         """Everything a further attempt needs, as tensors: no pickle is ever written. Raises `NonFinite` rather than give a broken one."""
         moments = {

@@ -5,7 +5,7 @@ Ignores names of the user's own (`package.module:name`): they need to be install
 
 from stockpot import storage
 from stockpot.config import Init, SweepSpec
-from stockpot.models import ModelConfig, build
+from stockpot.models.classifier import ModelConfig, build
 from stockpot.sweeps import draw
 from stockpot.training.augmentation import augmentation
 from stockpot.training.losses import loss_function
@@ -23,5 +23,5 @@ def rehearse(spec: SweepSpec, init: Init) -> None:
             frozen_names(parameters, frozen)
     for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and ":" not in name}):
         augmentation(name, config.preprocess)
-    for loss, settings in sorted({one.loss: one for one in drawn if ":" not in one.loss}.items()):
-        loss_function(settings.model_copy(update={"loss": loss}))
+    for settings in {one.loss: one for one in drawn if ":" not in one.loss}.values():
+        loss_function(settings)

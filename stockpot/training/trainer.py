@@ -81,6 +81,7 @@ def train(
             if score and settings.evaluate_every_steps and (step % settings.evaluate_every_steps == 0 or step == total):
                 _evaluate(training, best, score, log)
             checkpoint(step, lambda: training.state() | best.state())
+    training.end()
     return _finish(training, best)
 
 

@@ -5,38 +5,34 @@ A trial is complete in itself and known by its digest: one that is already in th
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stockpot.checkpoints import save_weights
-from stockpot.config import Trial, TrialSettings
-from stockpot.data.shards import Pixels, Reading, TrainReader, pixels
-from stockpot.data.snapshots import Snapshot, open_snapshot
+from stockpot.config import Trial
+from stockpot.data.shards import Pixels, pixels
+from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical
-from stockpot.errors import BudgetSpent
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
-from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.classifier import Classifier, build
 from stockpot.models.loading import load_state
-from stockpot.outcomes import Accuracy, Ingredient
+from stockpot.outcomes import Ingredient
 from stockpot.training import inits
 from stockpot.training.attempts import Attempt
-from stockpot.training.augmentation import augmentation
 from stockpot.training.candidates import Candidate
-from stockpot.training.preemption import Preempted, deferred_sigterm
-from stockpot.training.ranks import Place, run_on_ranks, summed
-from stockpot.training.trainer import Batch, Checkpoint, Log, State, total_steps, train
+from stockpot.training.course import Start, train_on_place
+from stockpot.training.preemption import deferred_sigterm
+from stockpot.training.ranks import Place, run_on_ranks
+from stockpot.training.trainer import Log
 
 Say = Callable[[str], None]
-Start = Callable[[], tuple[ModelConfig, dict[str, Tensor]]]
-"""Gives the init."""
-HERE = Place(0, 1, "cpu")
 
 
 def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1, say: Say) -> Ingredient:
@@ -91,111 +87,10 @@ def _candidates(trial: Trial, hold: Attempt, start: Start, folder: Path, *, devi
     end = math.inf if trial.budget_s is None else time.monotonic() + trial.budget_s
     with deferred_sigterm() as told_to_leave:
         if trial.gpus == 1:
-            return _on_place(trial, hold, end, start, Place(0, 1, device), told_to_leave, log, say)
-        work = partial(_on_place, trial, hold, end, partial(inits.fetch, trial.init))
+            return train_on_place(trial, hold, end, start, Place(0, 1, device), told_to_leave, log, say)
+        work = partial(train_on_place, trial, hold, end, partial(inits.fetch, trial.init))
         return run_on_ranks(trial.gpus, work, folder, told_to_leave=told_to_leave, log=log, say=say)
     raise AssertionError("deferred_sigterm ends the process after Preempted")
-
-
-def _on_place(
-    trial: Trial, hold: Attempt, end: float, start: Start, place: Place, told_to_leave: Callable[[], bool], log: Log, say: Say
-) -> dict[float, Candidate]:
-    """One rank's training, from the init or the last state. The first rank keeps states on the way, and saves one when it must leave:
-    told to, or at `end` on the monotonic clock, which all processes of a node share."""
-
-    def checkpoint(step: int, state: Callable[[], State]) -> None:
-        if told_to_leave():
-            hold.save(step, state())
-            raise Preempted
-        if time.monotonic() > end:
-            hold.save(step, state())
-            raise BudgetSpent(
-                f"Trial {trial.id} has had its {trial.budget_s} s and is saved at step {step}; the next attempt goes on from there."
-            )
-        hold.save_when_due(step, state)
-
-    config, weights = start()
-    model = build(config)
-    load_state(model, weights)
-    return fine_tune(
-        model,
-        trial.settings,
-        open_snapshot(trial.snapshot),
-        loader_workers=trial.loader_workers,
-        skip_fraction=trial.skip_fraction,
-        reading=trial.reading,
-        say=say,
-        place=place,
-        log=log,
-        resume=hold.resume(),
-        checkpoint=checkpoint if place.rank == 0 else lambda _step, _state: None,
-    )
-
-
-def fine_tune(
-    model: Classifier,
-    settings: TrialSettings,
-    snapshot: Snapshot,
-    *,
-    loader_workers: int = 0,
-    skip_fraction: float = 0.0,
-    reading: Reading = "auto",
-    say: Callable[[str], None] = print,
-    place: Place = HERE,
-    log: Log = lambda _metrics, _step: None,
-    resume: State | None = None,
-    checkpoint: Checkpoint = lambda _step, _state: None,
-) -> dict[float, Candidate]:
-    """Train the model in place on the snapshot's train split; returns its candidates, by decay of their moving average.
-
-    place: the rank that this process is, and its device; every rank reads its share of every batch, and the first one evaluates.
-    """
-    preprocess = model.config.preprocess
-    reader, last = (
-        TrainReader(
-            snapshot,
-            preprocess=preprocess,
-            augment=augmentation(name, preprocess, smallest_crop=settings.smallest_crop),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            loader_workers=loader_workers,
-            skip_fraction=skip_fraction,
-            reading=reading,
-            say=say,
-            rank=place.rank,
-            world=place.world,
-            # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
-            drop_last=snapshot.counts["train"] >= settings.batch_size,
-        )
-        for name in (settings.augmentation, settings.last_epoch_augmentation or settings.augmentation)
-    )
-    steps = reader.steps_per_epoch
-    last_epoch = (total_steps(settings, steps) - 1) // steps
-
-    def batches(epoch: int, skip: int) -> Iterable[Batch]:
-        return (last if epoch == last_epoch else reader).batches(epoch, skip)
-
-    def score(net: nn.Module) -> Accuracy:
-        held_out = pixels(snapshot, "held_out", preprocess)
-        return accuracy(logits(net, held_out.images, preprocess, device=place.device), held_out.labels)
-
-    candidates = train(
-        model,
-        settings,
-        batches,
-        steps_per_epoch=steps,
-        preprocess=preprocess,
-        device=place.device,
-        log=log,
-        resume=resume,
-        checkpoint=checkpoint,
-        score=score if place.rank == 0 else None,
-        rank=place.rank,
-        world=place.world,
-    )
-    counts = summed({name: reader.counters[name] + last.counters[name] for name in reader.counters}, place)
-    log({f"data/{name}": float(count) for name, count in counts.items()}, total_steps(settings, steps))
-    return candidates
 
 
 def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:

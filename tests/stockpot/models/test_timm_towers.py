@@ -27,7 +27,7 @@ from stockpot.models.loading import load_state
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.training.inits import fetch, prepare
-from stockpot.training.trials import fine_tune
+from stockpot.training.course import fine_tune
 from tests.tiny_sweep import png
 
 CLASSES = ("ant", "bee", "cat")
