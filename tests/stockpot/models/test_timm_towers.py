@@ -26,8 +26,8 @@ from stockpot.models.classifier import build
 from stockpot.models.loading import load_state
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
-from stockpot.training.inits import fetch, prepare
 from stockpot.training.course import fine_tune
+from stockpot.training.inits import fetch, prepare
 from tests.tiny_sweep import png
 
 CLASSES = ("ant", "bee", "cat")

@@ -16,13 +16,14 @@ from stockpot.checkpoints import load_weights
 from stockpot.config import Trial, TrialSettings
 from stockpot.errors import NonFinite, RankLost
 from stockpot.ledger import tracking
+from stockpot.ledger.connection import client
 from stockpot.training.preemption import Preempted
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trials import run_trial
 from tests.stockpot.training.test_trials import CHILD, trial_of
 
 SETTINGS = TrialSettings(
-    epochs=4,
+    epochs=2,
     batch_size=20,
     learning_rate=1e-3,
     optimiser="sgd",
@@ -44,9 +45,9 @@ def test_two_ranks_end_with_the_weights_of_one_process(ground, ledger, tmp_path)
     """SGD keeps a difference of gradients in proportion, where Adam would blow up the smallest."""
     alone = trial_of(ground, "one-rank", tmp_path, SETTINGS)
     together = trial_of(ground, "two-ranks", tmp_path, SETTINGS, gpus=2)
+    for trial in (alone, together):
+        run_trial(trial, say=quiet)
     for name in together.ingredient_ids:
-        run_trial(alone, say=quiet)
-        run_trial(together, say=quiet)
         one, other = (
             load_weights(
                 tracking.fetch_ingredient(tracking.find_ingredient(trial.model, name), tmp_path / trial.model) / "model.safetensors"
@@ -55,8 +56,6 @@ def test_two_ranks_end_with_the_weights_of_one_process(ground, ledger, tmp_path)
         )
         for tensor in one:
             assert torch.allclose(one[tensor], other[tensor], atol=1e-6, rtol=1e-5), (name, tensor)
-    from stockpot.ledger.connection import client
-
     curves = [
         [
             (point.step, pytest.approx(point.value, abs=1e-5))
