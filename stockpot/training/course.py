@@ -5,11 +5,12 @@ It knows storage and no ledger: a rank's process starts without MLflow, which on
 
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 
 from torch import Tensor, nn
 
 from stockpot.config import Trial, TrialSettings
-from stockpot.data.shards import Reading, TrainReader, pixels
+from stockpot.data.shards import Pixels, Reading, TrainReader, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.errors import BudgetSpent
 from stockpot.evaluation import accuracy, logits
@@ -107,9 +108,12 @@ def fine_tune(
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         return (last if epoch == last_epoch else reader).batches(epoch, skip)
 
+    @cache
+    def held_out() -> Pixels:
+        return pixels(snapshot, "held_out", preprocess)
+
     def score(net: nn.Module) -> Accuracy:
-        held_out = pixels(snapshot, "held_out", preprocess)
-        return accuracy(logits(net, held_out.images, preprocess, device=place.device), held_out.labels)
+        return accuracy(logits(net, held_out().images, preprocess, device=place.device), held_out().labels)
 
     candidates = train(
         model,

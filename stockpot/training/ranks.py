@@ -119,10 +119,10 @@ def _listen(ranks: list[Rank], tick: Callable[[], None], log: Log, say: Callable
                 final |= word.kind in ("done", "left", "failed")
             if ended[number] and not final and rank.process.exitcode:
                 silent.append(number)
+        if last is not None:
+            return last  # a rank that broke because rank 0 was gone is no failure
         if failures or silent:
             raise _reason(ranks, failures, silent)
-        if last is not None:
-            return last
 
 
 def _heard(words: Connection) -> Iterator[Word]:
