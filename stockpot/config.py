@@ -148,8 +148,8 @@ class TrialSettings(Closed):
     )
     ema_decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (),
-        description="Decays per step of moving averages of the weights, such as 0.999. Each average is one more candidate ingredient of "
-        "the trial, and costs the memory of the weights.",
+        description="Decays per step of moving averages of the weights, such as 0.999. Each average is one more candidate ingredient, in "
+        "the uniform soup too, and costs the memory of the weights.",
     )
     evaluate_every_steps: int | None = Field(
         None,
@@ -220,7 +220,14 @@ class Sometimes(Closed):
     otherwise: "Distribution" = Field(description="Drawn when the fixed value is not.")
 
 
-Distribution = Choice | Uniform | LogUniform | IntUniform | Sometimes
+class Depending(Closed):
+    """A distribution for each value of another field, such as a range of learning rates for each optimiser."""
+
+    given: str = Field(description="The field that decides: one of the space or the grid, else the sweep's settings have its value.")
+    cases: dict[str, "Distribution"] = Field(min_length=1, description="Its values, as text, and what is drawn from for each.")
+
+
+Distribution = Choice | Uniform | LogUniform | IntUniform | Sometimes | Depending
 
 
 class SweepSpec(Closed):
@@ -247,7 +254,7 @@ class SweepSpec(Closed):
 
     @model_validator(mode="after")
     def _space_and_grid_name_settings(self) -> Self:
-        for name in [*self.space, *self.grid]:
+        for name in [*self.space, *self.grid, *_deciding(*self.space.values())]:
             if name not in TrialSettings.model_fields:
                 raise ValueError(f"`{name}` is no trial setting; a sweep may vary {', '.join(sorted(TrialSettings.model_fields))}")
             if name in self.space and name in self.grid:
@@ -260,6 +267,17 @@ class SweepSpec(Closed):
         if self.grid and self.trials != cells:
             raise ValueError(f"the grid has {cells} combinations and `trials` is {self.trials}; write `trials: {cells}`")
         return self
+
+
+def _deciding(*distributions: Distribution) -> list[str]:
+    """The fields that these distributions depend on."""
+    found: list[str] = []
+    for one in distributions:
+        if isinstance(one, Sometimes):
+            found += _deciding(one.otherwise)
+        elif isinstance(one, Depending):
+            found += [one.given, *_deciding(*one.cases.values())]
+    return found
 
 
 class SoupSpec(Closed):

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from stockpot.config import (
     Choice,
+    Depending,
     Distribution,
     Init,
     IntUniform,
@@ -90,16 +91,49 @@ def _ranks(index: int, settings: TrialSettings, gpus: int) -> int:
 
 
 def _settings(spec: SweepSpec, index: int) -> TrialSettings:
-    values = {"seed": spec.settings.seed + index, **_cell(spec, index)}
-    for field, distribution in spec.space.items():
-        values[field] = _sample(distribution, random.Random(f"stockpot/{spec.seed}/{index}/{field}"))
+    values = _Values(spec, index)
+    for field in spec.space:
+        values[field]
     try:
-        return TrialSettings.model_validate({**spec.settings.model_dump(), **values})
+        return TrialSettings.model_validate({**spec.settings.model_dump(), **values.known})
     except ValidationError as error:
         first = error.errors()[0]
         raise BadRequest(
             f"The space drew {first['input']!r} for `{first['loc'][0]}` of trial {index}: {first['msg']}. Narrow its distribution."
         ) from error
+
+
+class _Values:
+    """The values of one trial by field; those of the space are drawn when they are first asked for."""
+
+    def __init__(self, spec: SweepSpec, index: int) -> None:
+        self.spec, self.index = spec, index
+        self.known: dict[str, Any] = {"seed": spec.settings.seed + index, **_cell(spec, index)}
+        self._asked: list[str] = []
+
+    def __getitem__(self, field: str) -> Any:
+        if field in self.spec.space and field not in self._asked:
+            self._asked.append(field)
+            self.known[field] = self._sample(
+                field, self.spec.space[field], random.Random(f"stockpot/{self.spec.seed}/{self.index}/{field}")
+            )
+        elif field in self.spec.space and field not in self.known:
+            raise BadRequest(
+                f"The space's {' and '.join(f'`{one}`' for one in self._asked)} depend on each other; give one its own values."
+            )
+        return self.known[field] if field in self.known else getattr(self.spec.settings, field)
+
+    def _sample(self, field: str, distribution: Distribution, rng: random.Random) -> Any:
+        match distribution:
+            case Sometimes(probability=probability, value=value, otherwise=otherwise):
+                return value if rng.random() < probability else self._sample(field, otherwise, rng)
+            case Depending(given=given, cases=cases):
+                value = str(self[given])
+                if value not in cases:
+                    raise BadRequest(f"`{field}` has no case for `{given}` {value}; it has {', '.join(sorted(cases))}.")
+                return self._sample(field, cases[value], rng)
+            case _:
+                return _sample(distribution, rng)
 
 
 def _cell(spec: SweepSpec, index: int) -> dict[str, Any]:
@@ -111,7 +145,7 @@ def _cell(spec: SweepSpec, index: int) -> dict[str, Any]:
     return values
 
 
-def _sample(distribution: Distribution, rng: random.Random) -> Any:
+def _sample(distribution: Choice | Uniform | LogUniform | IntUniform, rng: random.Random) -> Any:
     match distribution:
         case Choice(choice=values):
             return values[int(rng.random() * len(values))]
@@ -121,8 +155,6 @@ def _sample(distribution: Distribution, rng: random.Random) -> Any:
             return _rounded(math.exp(math.log(low) + (math.log(high) - math.log(low)) * rng.random()))
         case IntUniform(int_uniform=(low, high)):
             return low + int(rng.random() * (high - low + 1))
-        case Sometimes(probability=probability, value=value, otherwise=otherwise):
-            return value if rng.random() < probability else _sample(otherwise, rng)
 
 
 def _rounded(value: float) -> float:

@@ -94,6 +94,46 @@ def test_a_grid_is_every_combination_once():
     assert len({one.mixup for one in drawn}) == 6
 
 
+DEPENDING = {
+    "learning_rate": {"given": "optimiser", "cases": {"sgd": {"log_uniform": [1e-2, 1e-1]}, "adamw": {"log_uniform": [1e-6, 1e-5]}}},
+    "optimiser": {"choice": ["sgd", "adamw"]},
+    "sam_rho": {"probability": 0.5, "value": 0, "otherwise": {"given": "schedule", "cases": {"cosine": {"choice": [0.1]}}}},
+}
+
+
+def test_a_field_may_depend_on_another_drawn_fixed_or_in_the_grid():
+    drawn = draw(SweepSpec(trials=40, space=DEPENDING))
+    assert all((1e-2 <= one.learning_rate <= 1e-1) == (one.optimiser == "sgd") for one in drawn)
+    assert {one.optimiser for one in drawn} == {"sgd", "adamw"}
+    assert {one.sam_rho for one in drawn} == {0, 0.1}
+    grid = {"optimiser": ["sgd", "adamw"]}
+    cells = draw(SweepSpec(trials=2, grid=grid, space={"learning_rate": DEPENDING["learning_rate"]}))
+    assert [one.learning_rate >= 1e-2 for one in cells] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"mixup": {"given": "optimiser", "cases": {"sgd": {"choice": [0]}}}}, "`mixup` has no case for `optimiser` adamw; it has sgd"),
+        (
+            {
+                "mixup": {"given": "cutmix", "cases": {"0": {"choice": [0]}}},
+                "cutmix": {"given": "mixup", "cases": {"0": {"choice": [0]}}},
+            },
+            "`mixup` and `cutmix` depend on each other",
+        ),
+    ],
+)
+def test_what_depends_on_nothing_is_refused(space, said):
+    with pytest.raises(BadRequest, match=said):
+        draw(SweepSpec(trials=1, space=space))
+
+
+def test_a_field_that_decides_must_exist():
+    with pytest.raises(ValidationError, match="`optimizer` is no trial setting"):
+        SweepSpec(space={"mixup": {"given": "optimizer", "cases": {"sgd": {"choice": [0]}}}})
+
+
 def test_the_init_is_one_more_trial_the_same_for_every_sweep():
     few, other = (draw(SweepSpec(trials=2, seed=seed, space=SPACE, init_as_ingredient=True)) for seed in (0, 1))
     assert few[:-1] == draw(SweepSpec(trials=2, space=SPACE))
