@@ -104,7 +104,7 @@ def _listen(ranks: list[Rank], tick: Callable[[], None], log: Log, say: Callable
         failures: list[Word] = []
         silent: list[int] = []
         last: Word | None = None
-        for number, rank in enumerate(ranks):
+        for number, rank in reversed([*enumerate(ranks)]):  # rank 0 last: what it said before another failed is heard
             final = False
             for word in _heard(rank.words):
                 match word.kind:
@@ -145,7 +145,7 @@ def _reason(ranks: list[Rank], failures: list[Word], silent: list[int]) -> Stock
     if vanished:
         number = vanished[0]
         return RankLost(f"Rank {number} of {len(ranks)} ended with exit code {ranks[number].process.exitcode}; all ranks were ended.")
-    return RankLost(f"A rank of {len(ranks)} broke: {failures[0].about} All ranks were ended; the trial's log has the traceback.")
+    return RankLost(f"A rank of {len(ranks)} broke ({failures[0].about}); all ranks were ended, and the trial's log has the traceback.")
 
 
 def _place(rank: int, world: int) -> Place:

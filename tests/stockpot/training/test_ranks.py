@@ -72,6 +72,7 @@ def fail(reason: str, place: Place, told_to_leave, log, say):
     """What a rank does in these tests."""
     say(f"pid {os.getpid()}")
     log({"seen": 1.0}, 3)
+    torch.distributed.barrier()
     if place.rank == 1 and reason == "stated":
         raise NonFinite("The loss stopped being a number at step 7.")
     if place.rank == 1 and reason == "broken":
@@ -101,7 +102,7 @@ def test_all_ranks_stop_together_with_the_reason(reason, error, said, tmp_path):
             2,
             partial(fail, reason),
             tmp_path,
-            told_to_leave=lambda: bool(lines),
+            told_to_leave=lambda: reason == "preempted" and bool(lines),
             log=lambda metrics, step: logged.append((metrics, step)),
             say=lines.append,
         )
