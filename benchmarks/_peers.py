@@ -46,8 +46,7 @@ class Peer:
     def close(self) -> None:
         """End the process."""
         if self.there:
-            assert self.process.stdin
-            self.process.stdin.close()
+            self.process.terminate()  # closing its input is not enough: processes forked since hold it too
             self.process.wait()
 
     def _heard(self, word: str) -> str:
