@@ -4,7 +4,7 @@ dependency. They are looked for in `.stockpot/peers`, which this fills (some 90 
     .venv/bin/uv pip install --target .stockpot/peers --no-deps litdata mosaicml-streaming lightning_utilities brotli python-snappy \\
         cramjam zstd xxhash catalogue "transformers<5" "tokenizers<0.23" "huggingface-hub<1"
 
-A peer's process packs the photos, says `ready`, and reads one epoch for every line it gets, answering with the seconds.
+A peer's process packs the photos, says `ready`, and reads one epoch for every `epoch` on its input, answering with the seconds.
 """
 
 import os
@@ -46,7 +46,8 @@ class Peer:
     def close(self) -> None:
         """End the process."""
         if self.there:
-            self.process.terminate()  # closing its input is not enough: processes forked since hold it too
+            assert self.process.stdin
+            print("end", file=self.process.stdin, flush=True)  # closing it is not enough: processes forked since hold it too
             self.process.wait()
 
     def _heard(self, word: str) -> str:
@@ -92,13 +93,13 @@ def streaming(folder: Path, count: int) -> Any:
 
 
 def main(module: str, count: int) -> None:
-    """Read an epoch for every line on standard input."""
+    """Read an epoch for every `epoch` on standard input."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="stockpot-peer-") as folder:
         reader = Loaded()
         reader.loader = {"litdata": litdata, "streaming": streaming}[module](Path(folder), count)
         print("ready", flush=True)
-        for _ in sys.stdin:
+        while sys.stdin.readline() == "epoch\n":
             print("seconds", reader.epoch(), flush=True)
 
 
