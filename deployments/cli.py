@@ -35,8 +35,17 @@ def main() -> None:
         app()
     except StockpotError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (Exception, SystemExit) as error:
+        if not _interrupted(error):
+            raise
         _fail("Interrupted; what was finished is kept, and the same command goes on from there.", 130)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: typer makes an exit of it, and an import that it meets half-way another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _fail(sentence: str, code: int = 1) -> Never:

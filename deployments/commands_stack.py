@@ -34,6 +34,7 @@ def up(
     from deployments.stack import local_stack, pages, start_detached
 
     asked = {name: port for name, port in {"prefect": prefect_port, "mlflow": mlflow_port, "s3": s3_port}.items() if port}
+    typer.echo("Starting Prefect, MLflow, the object store and two workers; this takes about half a minute.", err=True)
     if not foreground:
         _show(pages(start_detached(state, ports=asked)), state, as_json)
         return
@@ -86,8 +87,10 @@ def env(state: State = STATE) -> None:
 
 
 def _what_to_do(state: Path, parts: dict[str, dict[str, Any]]) -> str:
+    from deployments.stack import running_environ
+
     down = [name for name, part in parts.items() if not part["ok"]]
-    if down:
+    if down and running_environ(state):
         return f"{', '.join(down)} of the stack on {state} is down; see its log, then `stockpot stack down` and `stockpot stack up`."
     return f"The stack on {state} is still starting." if parts else f"No stack is up on {state}; start one with `stockpot stack up`."
 
@@ -99,3 +102,4 @@ def _show(addresses: dict[str, str], state: Path, as_json: bool) -> None:
     for name, address in addresses.items():
         typer.echo(f"{name:8} {address}")
     typer.echo(f"{'logs':8} {state}/logs")
+    typer.echo('For other programs of this shell: eval "$(stockpot stack env)"')

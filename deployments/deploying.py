@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from deployments.starting import as_request
 from stockpot.errors import ServerUnreachable
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +19,11 @@ POOLS = {"control": "process", "gpu": "process"}
 
 
 def deploy_all() -> list[str]:
-    """Create missing pools, apply every deployment and automation, and return the deployments' names."""
+    """Create missing pools, apply every deployment and automation, and return the deployments' names.
+
+    Raises `BadRequest` when a schedule carries a request that would be refused when its hour comes.
+    """
+    _check_schedules()
     _make_pools()
     _make_automations()
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
@@ -27,6 +34,15 @@ def deploy_all() -> list[str]:
             f"Prefect refused the deployments of deployments/prefect.yaml: {' / '.join(line.strip() for line in lines)}"
         )
     return [f"{flow}/stockpot" for flow in ("retrain", "finetune", "soup", "approve")]
+
+
+def _check_schedules() -> None:
+    """Every request written down in the file must be valid now, not at night."""
+    document = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    for deployment in document["deployments"]:
+        for place in (deployment, *(deployment.get("schedules") or ())):
+            if "request" in (parameters := place.get("parameters") or {}):
+                as_request(parameters["request"], f"of a schedule of {deployment['entrypoint']} in deployments/prefect.yaml")
 
 
 def _make_pools() -> None:

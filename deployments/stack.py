@@ -107,7 +107,12 @@ def start_detached(state: Path, *, ports: dict[str, int] | None = None) -> dict[
         )
     assert daemon.stdout is not None
     with daemon.stdout:
-        said = daemon.stdout.readline()
+        try:
+            said = daemon.stdout.readline()
+        except KeyboardInterrupt:
+            daemon.terminate()
+            daemon.wait()
+            raise
     if not said:
         raise StackError(f"The stack's supervisor ended without a word; see {state / 'logs' / 'stack.log'}.")
     answer = json.loads(said)

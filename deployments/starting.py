@@ -12,7 +12,7 @@ import httpx
 import yaml
 from pydantic import ValidationError
 
-from stockpot.config import RetrainRequest
+from stockpot.config import ADDRESS, NAME, RetrainRequest
 from stockpot.errors import BadRequest, StockpotError
 
 POLL_S = 1.0
@@ -39,12 +39,24 @@ def read_request(path: Path) -> RetrainRequest:
         raise BadRequest(f"The request {path} cannot be read ({error}); give a YAML file.") from error
     except yaml.YAMLError as error:
         raise BadRequest(f"The request {path} is not YAML: {' '.join(str(error).split())}") from error
+    return as_request(document, str(path))
+
+
+def as_request(document: Any, source: str) -> RetrainRequest:
+    """The request that `source` holds as plain fields. Raises `BadRequest` naming every field that is wrong."""
     if not isinstance(document, dict):
-        raise BadRequest(f"The request {path} holds {type(document).__name__}, not fields; start from one of deployments/requests/.")
+        raise BadRequest(f"The request {source} holds {type(document).__name__}, not fields; start from one of deployments/requests/.")
     try:
         return RetrainRequest.model_validate(document)
     except ValidationError as error:
-        raise BadRequest(f"The request {path} is refused: {'; '.join(_problem(one) for one in error.errors())}.") from error
+        raise BadRequest(f"The request {source} is refused: {'; '.join(_problem(one) for one in error.errors())}.") from error
+
+
+_PATTERNS = {
+    NAME: "a name of letters, digits, `.`, `_` and `-`",
+    ADDRESS: "an address such as s3://bucket/photos, file:///data/photos or /data/photos",
+}
+"""What the patterns of `stockpot.config` mean, for people."""
 
 
 def _problem(error: Any) -> str:
@@ -54,6 +66,8 @@ def _problem(error: Any) -> str:
             return f"`{where}` is no field"
         case "missing":
             return f"`{where}` is missing"
+        case "string_pattern_mismatch":
+            return f"`{where}` is {error['input']!r}, needed: {_PATTERNS[error['ctx']['pattern']]}"
         case "value_error":
             return f"`{where}`: {error['ctx']['error']}"
         case _:

@@ -16,6 +16,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
     found = {one.trial_id: one for one in tracking.find_ingredients(sweep)}
     report = tracking.read_report(sweep_id)
     version = registry.find_version(sweep.request.model, report.soup_sha256) if report else None
+    endings = tracking.read_endings(sweep_id)
     drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     return {
         "sweep_id": sweep_id,
@@ -24,6 +25,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
             {
                 "trial_id": trial.id,
                 **{name: getattr(trial.settings, name) for name in drawn},
+                **_ending(trial.id in found, *endings.get(trial.id, ("", ""))),
                 "held_out": found[trial.id].held_out.value if trial.id in found else None,
                 "in_soup": bool(report and {*trial.ingredient_ids} & {*report.ingredients}),
             }
@@ -35,21 +37,26 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
     }
 
 
+def _ending(finished: bool, status: str, reason: str) -> dict[str, str]:
+    """A trial's state in one word, and the reason where it is not finished."""
+    if finished:
+        return {"state": "finished", "reason": ""}
+    words = {"": "not started", "RUNNING": "running", "KILLED": "interrupted", "FINISHED": "pruned"}
+    return {"state": words.get(status, "failed"), "reason": reason}
+
+
 def sweep_text(document: dict[str, Any]) -> str:
     """The same for a person: a line per trial, the comparison, the version and how to load it."""
-    table = Table(
-        "trial", *[key for key in document["trials"][0] if key not in ("trial_id", "held_out", "in_soup")], "held_out %", "in the soup"
-    )
+    fixed = ("trial_id", "state", "reason", "held_out", "in_soup")
+    table = Table("trial", "state", "held_out %", "in the soup", *[key for key in document["trials"][0] if key not in fixed])
     for row in document["trials"]:
-        drawn = [
-            f"{value:.4g}" if isinstance(value, float) else str(value)
-            for key, value in row.items()
-            if key not in ("trial_id", "held_out", "in_soup")
-        ]
-        table.add_row(row["trial_id"], *drawn, _percent(row["held_out"]), "yes" if row["in_soup"] else "")
+        drawn = [f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items() if key not in fixed]
+        table.add_row(row["trial_id"], row["state"], _percent(row["held_out"]), "yes" if row["in_soup"] else "", *drawn)
+    reasons = dict.fromkeys(row["reason"] for row in document["trials"] if row["reason"])
     parts = [
         f"Sweep {document['sweep_id']} of {document['model']}: {document['finished']} of {len(document['trials'])} trials finished.",
         _text(table),
+        *[f"{', '.join(row['trial_id'] for row in document['trials'] if row['reason'] == why)}: {why}" for why in reasons],
     ]
     if document["report"]:
         report = SoupReport.model_validate(document["report"])
@@ -70,9 +77,12 @@ def sweeps_text(rows: list[Any]) -> str:
 def comparison(report: SoupReport) -> str:
     """Best single, uniform and greedy on every split, in percent."""
     suites = sorted(next(iter(report.scores.values())).shifts)
-    table = Table("model", "held_out %", "gate %", "test %", *[f"{suite} %" for suite in suites], "mean shift %", title="Accuracy")
-    for name, scores in report.scores.items():
-        table.add_row(name.replace("_", " "), *_cells(scores, suites))
+    names = ["held_out %", "gate %", "test %", *[f"{suite} %" for suite in suites], "mean shift %"]
+    rows = {name.replace("_", " "): _cells(scores, suites) for name, scores in report.scores.items()}
+    asked = [place for place in range(len(names)) if any(cells[place] for cells in rows.values())]
+    table = Table("model", *[names[place] for place in asked], title="Accuracy")
+    for name, cells in rows.items():
+        table.add_row(name, *[cells[place] for place in asked])
     return _text(table)
 
 

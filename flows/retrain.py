@@ -11,6 +11,7 @@ from prefect import flow, get_run_logger, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
+from prefect.states import Completed
 
 from stockpot.config import RetrainRequest, Sweep
 from stockpot.errors import SoupFailed, StockpotError, TooFewIngredients
@@ -33,22 +34,24 @@ async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[
 
 
 @flow(name="retrain", flow_run_name="retrain-{request.model}", description=__doc__, on_cancellation=[cancel_children])
-async def retrain(request: RetrainRequest) -> str | State[Any]:
-    """One retraining; returns the sweep's id. Run again with the same request it repeats no finished trial and registers nothing twice."""
+async def retrain(request: RetrainRequest) -> State[Any]:
+    """One retraining; the final state carries the sweep's id and says what the gate said. Run again with the same request it repeats no
+    finished trial and registers nothing twice."""
     try:
         data = pin_data(request)
         init = await prepare_init(request, data)
         sweep = open_sweep(request, data, init)
         await _wear_tags(sweep)
-        await run_trials(sweep)
-        await run_soup(sweep)
+        before = await run_trials(sweep)
+        verdict = await run_soup(sweep)
     except StockpotError as error:
         return stated_failure(error)
-    return sweep.id
+    return Completed(message=f"{before} of {len(sweep.trials)} trials were finished before. {verdict}", data=sweep.id)
 
 
-async def run_trials(sweep: Sweep) -> None:
-    """Every unfinished trial as its own flow run. Raises `TooFewIngredients` under the quorum, naming each failed trial and its reason."""
+async def run_trials(sweep: Sweep) -> int:
+    """Every unfinished trial as its own flow run; returns how many were finished before. Raises `TooFewIngredients` under the quorum,
+    naming each failed trial and its reason."""
     fan_out, total = sweep.request.fan_out, len(sweep.trials)
     before = finished_trials(sweep)
     get_run_logger().info("Sweep %s: %d trials, %d finished before.", sweep.id, total, len(before))
@@ -78,22 +81,29 @@ async def run_trials(sweep: Sweep) -> None:
         sweep, "FINISHED" if len(finished) >= needed else "FAILED", {"trials": total, "finished": len(finished), "failed": len(failed)}
     )
     if len(finished) < needed:
-        reasons = "; ".join(f"{trial}: {reason.rstrip('.')}" for trial, reason in failed.items())
+        reasons = "; ".join(f"{', '.join(trials)}: {reason.rstrip('.')}" for reason, trials in _by_reason(failed).items())
         raise TooFewIngredients(
             f"{len(finished)} of {total} trials of sweep {sweep.id} finished, {needed} are needed ({reasons}). "
             "Mend the cause and run the same request again: finished trials are kept."
         )
     for trial, reason in failed.items():
         get_run_logger().warning("Trial %s is left out: %s", trial, reason)
+    return len(before)
 
 
-async def run_soup(sweep: Sweep) -> None:
-    """Trigger the soup flow and see it through."""
+def _by_reason(failed: dict[str, str]) -> dict[str, list[str]]:
+    """Trials by why they failed: a mistake in the request fails many in the same words."""
+    return {reason: [trial for trial, own in failed.items() if own == reason] for reason in failed.values()}
+
+
+async def run_soup(sweep: Sweep) -> str:
+    """Trigger the soup flow and see it through; returns what it said of the version."""
     job = Job(f"{sweep.id}:soup", SOUP, {"sweep_id": sweep.id}, f"soup-{sweep.id}", f"soup:{sweep.id}", _tags(sweep))
     fan_out = sweep.request.fan_out
     (outcome,) = await run_to_end([job], attempts=fan_out.attempts, retry_delay_s=fan_out.retry_delay_s)
     if outcome.state != "finished":
         raise SoupFailed(f"The soup of sweep {sweep.id} failed: {outcome.reason} Then run `stockpot soup {sweep.id}`; no trial is lost.")
+    return outcome.reason
 
 
 SOUP = "soup/stockpot"

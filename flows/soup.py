@@ -4,17 +4,18 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from stockpot.errors import StockpotError, Transient
-from stockpot.outcomes import ModelVersion
 from tasks.cooking import ask_approval, cook_soup, fetch_picture, pass_gate, read_alias, register_soup
 from tasks.policies import stated_failure
 from tasks.showing import show_soup
 
 
 @flow(name="soup", flow_run_name="soup-{sweep_id}", description=__doc__)
-def soup(sweep_id: str, attempt: int = 1) -> ModelVersion | State[Any]:
-    """Rank the sweep's ingredients on held_out, cook, score, register once, and let the gate decide on the alias."""
+def soup(sweep_id: str, attempt: int = 1) -> State[Any]:
+    """Rank the sweep's ingredients on held_out, cook, score, register once, and let the gate decide on the alias. The final state carries
+    the version and says what the gate said."""
     get_run_logger().info("Cooking sweep %s, attempt %d.", sweep_id, attempt)
     try:
         report = cook_soup(sweep_id)
@@ -28,4 +29,4 @@ def soup(sweep_id: str, attempt: int = 1) -> ModelVersion | State[Any]:
     version = read_alias(version)
     picture, page = fetch_picture(report)
     show_soup(report, version, decision, picture, page, approval)
-    return version
+    return Completed(message=f"Version {version.version} of {version.model}: {decision.reason}", data=version)

@@ -8,12 +8,14 @@ Endpoints and secrets are not here: they come from the standard environment name
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from stockpot.digests import short
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Uri = Annotated[str, Field(pattern=r"^(s3|file)://[^\s]+$|^/[^\s]*$")]
+ADDRESS = r"^(s3|file)://[^\s]+$|^/[^\s]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+Uri = Annotated[str, Field(pattern=ADDRESS)]
 
 
 class Closed(BaseModel):
@@ -227,7 +229,25 @@ class Depending(Closed):
     cases: dict[str, "Distribution"] = Field(min_length=1, description="Its values, as text, and what is drawn from for each.")
 
 
-Distribution = Choice | Uniform | LogUniform | IntUniform | Sometimes | Depending
+def _kind(distribution: Any) -> str | None:
+    """Which distribution is meant: the one field that none of the others has."""
+    fields = distribution if isinstance(distribution, dict) else type(distribution).model_fields
+    return next((name for name in ("choice", "uniform", "log_uniform", "int_uniform", "probability", "given") if name in fields), None)
+
+
+Distribution = Annotated[
+    Annotated[Choice, Tag("choice")]
+    | Annotated[Uniform, Tag("uniform")]
+    | Annotated[LogUniform, Tag("log_uniform")]
+    | Annotated[IntUniform, Tag("int_uniform")]
+    | Annotated[Sometimes, Tag("probability")]
+    | Annotated[Depending, Tag("given")],
+    Discriminator(
+        _kind,
+        custom_error_type="no_distribution",
+        custom_error_message="no distribution; write choice, uniform, log_uniform, int_uniform, probability or given",
+    ),
+]
 
 
 class SweepSpec(Closed):
@@ -370,7 +390,7 @@ class RetrainRequest(Closed):
     """One retraining: from pinned data to a registered soup."""
 
     model: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        pattern=NAME,
         description="Registered model, and MLflow experiment, that the soup becomes a version of.",
     )
     store: Uri = Field(

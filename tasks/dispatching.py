@@ -62,7 +62,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """How a job stands: `state` is open, finished, failed or late."""
+    """How a job stands: `state` is open, finished, failed or late, and `reason` what its run said of that."""
 
     job: Job
     flow_run_id: UUID
@@ -163,7 +163,7 @@ async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, r
             continue
         changed = True
         if run.state.is_completed():
-            one.state = "finished"
+            one.state, one.reason = "finished", run.state.message or ""
             continue
         one.reason = run.state.message or run.state.name or "no reason given"
         if run.state.is_cancelled() or (run.state.is_failed() and run.state.name != "Failed"):

@@ -41,9 +41,9 @@ async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, s
     rows = [
         {
             "trial": trial.id,
-            **{name: getattr(trial.settings, name) for name in drawn},
             "held_out": finished.get(trial.id, ""),
             "ended": "finished" if trial.id in finished else failed.get(trial.id, "not run"),
+            **{name: getattr(trial.settings, name) for name in drawn},
         }
         for trial in sweep.trials
     ]

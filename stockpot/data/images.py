@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -43,7 +43,8 @@ def decode(data: bytes) -> Tensor:
             return image
         return _decode_with_pillow(data)
     except (RuntimeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rpartition(".cpp:")[2]
+        known = not isinstance(error, UnidentifiedImageError)  # whose words are an object's address
+        reason = (str(error) or type(error).__name__).splitlines()[0].rpartition(".cpp:")[2] if known else "unknown format"
         raise Undecodable(f"is not a readable image ({reason}; starts with {data[:8]!r})") from error
 
 

@@ -18,7 +18,7 @@ import timm
 import torch
 from mlflow.pyfunc import PythonModel
 from open_clip.model import _build_vision_tower
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -178,7 +178,8 @@ def image(value: Any, row: int) -> Tensor:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are taken")
             return _decode(value, picture)
     except (RuntimeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"row {row}: not a readable image ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"row {row}: not a readable image ({reason})") from error
 
 
 def _decode(data: bytes, picture: Image.Image) -> Tensor:

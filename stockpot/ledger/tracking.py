@@ -98,6 +98,14 @@ def list_sweeps(model: str | None = None) -> list[SweepSummary]:
     ]
 
 
+def read_endings(sweep_id: str) -> dict[str, tuple[str, str]]:
+    """How each trial of a sweep that was started for it stands, by trial id: its run's status and, where it failed, the reason."""
+    with asking():
+        home = sweep_run(sweep_id).info.experiment_id
+        runs = search_runs([home], of_kind("trial", sweep_id), "attributes.start_time")
+    return {run.data.tags["stockpot.trial"]: (str(run.info.status), run.data.tags.get("stockpot.reason", "")) for run in runs}
+
+
 def find_ingredient(model: str, trial_id: str) -> Ingredient | None:
     """The ingredient a trial left, whichever sweep it ran for; None when it has not finished."""
     with asking():

@@ -25,6 +25,12 @@ def write(tmp_path, document):
             {**REQUEST, "sweep": {"space": {"learning_rate": {"log_uniform": [0, 1]}}}},
             "impossible",
         ),
+        (
+            {**REQUEST, "sweep": {"space": {"learning_rate": {"log_unifrm": [0.1, 1]}}}},
+            "no distribution; write choice, uniform",
+        ),
+        ({**REQUEST, "model": "my photos"}, "`model` is 'my photos', needed: a name of letters"),
+        ({**REQUEST, "store": "store"}, "`store` is 'store', needed: an address such as s3://bucket/photos"),
         ("model: [", "is not YAML"),
         ("just words", "holds str, not fields"),
     ],
@@ -95,3 +101,33 @@ def test_json_is_one_document(stockpot, monkeypatch):
     code, out, _ = stockpot("status", "--json")
     assert code == 0
     assert json.loads(out)[0]["sweep_id"] == "a"
+
+
+def test_ctrl_c_is_one_sentence_even_in_the_middle_of_an_import(stockpot, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def broken_class():
+        try:
+            interrupted()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    for act in (interrupted, broken_class):
+        monkeypatch.setattr("deployments.surroundings.check_prefect", act)
+        code, _, err = stockpot("deploy")
+        assert code == 130
+        assert err == "Interrupted; what was finished is kept, and the same command goes on from there.\n"
+
+
+def test_a_scheduled_request_is_checked_when_it_is_deployed(stockpot, tmp_path, monkeypatch):
+    folder = tmp_path / "deployments"
+    folder.mkdir()
+    schedule = {"cron": "0 3 * * 1", "parameters": {"request": {**REQUEST, "modle": "digits"}}}
+    document = {"deployments": [{"name": "stockpot", "entrypoint": "flows.retrain.retrain", "schedules": [schedule]}]}
+    (folder / "prefect.yaml").write_text(yaml.safe_dump(document))
+    monkeypatch.setattr("deployments.deploying.ROOT", tmp_path)
+    monkeypatch.setattr("deployments.surroundings.check_prefect", lambda: None)
+    code, _, err = stockpot("deploy")
+    assert code == 1
+    assert "of a schedule of flows.retrain.retrain in deployments/prefect.yaml is refused: `modle` is no field" in err

@@ -14,7 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling
 
@@ -104,7 +113,11 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
 
     # the same request again: no trial runs, no version
     before = len(runs_of(f"sweep:{sweep_id}"))
-    assert watch_to_end(retrain(request)) == sweep_id
+    second = retrain(request)
+    assert watch_to_end(second) == sweep_id
+    with get_client(sync_client=True) as client:
+        said = client.read_flow_run(second.id).state.message
+    assert "2 of 2 trials were finished before. Version 1 of whole: " in said
     again = [run.name for run in runs_of(f"sweep:{sweep_id}")][before:]
     assert not [name for name in again if name.startswith("trial-")]
     assert registry.find_version("whole", report.soup_sha256) == version
@@ -149,6 +162,20 @@ def test_cancelling_the_parent_cancels_its_children(stack, request_for):
         client.set_flow_run_state(started.id, Cancelling())
     wait_for(lambda: all(run.state.is_cancelled() for run in runs_of("model:cancelled")), timeout_s=90)
     wait_for(lambda: not any(psutil.pid_exists(number) for number in pids), timeout_s=30)
+
+
+def test_a_schedule_becomes_a_run(stack):
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("retrain/stockpot")
+        cron = CronSchedule(cron="0 3 1 1 *")
+        (schedule,) = client.create_deployment_schedules(deployment.id, [(cron, True)])
+        try:
+            of_it = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+            scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+            (run, *_) = wait_for(lambda: client.read_flow_runs(deployment_filter=of_it, flow_run_filter=scheduled), timeout_s=90)
+            assert (run.auto_scheduled, run.expected_start_time.month, run.expected_start_time.hour) == (True, 1, 3)
+        finally:
+            client.delete_deployment_schedule(deployment.id, schedule.id)
 
 
 @pytest.mark.slow
