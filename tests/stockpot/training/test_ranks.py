@@ -41,6 +41,7 @@ def quiet(_line):
     pass
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_weights_of_one_process(ground, ledger, tmp_path):
     """SGD keeps a difference of gradients in proportion, where Adam would blow up the smallest."""
     alone = trial_of(ground, "one-rank", tmp_path, SETTINGS)
