@@ -17,9 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks._memory import Watched
 from stockpot.checkpoints import save_weights
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
@@ -147,6 +147,10 @@ def _mergekit(folder: Path) -> Iterator[Callable[[str], None] | None]:
 
 
 def _read(folder: Path) -> None:
+    read_bytes([folder / f"{number}.safetensors" for number in range(FILES)])
+
+
+def read_bytes(paths: Sequence[Path]) -> None:
     """The limit: every byte of every file once, into a reused buffer, on as many threads as the average has."""
     piece = 1 << 19
 
@@ -156,7 +160,7 @@ def _read(folder: Path) -> None:
         for at in range(start, stop, piece):
             os.preadv(fd, [buffer], at)
 
-    fds = [os.open(folder / f"{number}.safetensors", os.O_RDONLY) for number in range(FILES)]
+    fds = [os.open(path, os.O_RDONLY) for path in paths]
     size, threads = os.fstat(fds[0]).st_size, torch.get_num_threads()
     jobs = [(fd, size * part // threads, size * (part + 1) // threads) for fd in fds for part in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
@@ -209,26 +213,9 @@ def _memory(folder: Path, size: int) -> dict[str, dict[str, Any]]:
 def _grown(folder: Path, files: int) -> dict[str, int]:
     """Bytes this process grows by at its peak; call it in a fresh one."""
     opened = [open_weights(folder / f"{number}.safetensors") for number in range(files)]
-    before = _memory_now()
-    peak = dict(before)
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            now = _memory_now()
-            peak.update({name: max(peak[name], now[name]) for name in now})
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    average(opened)
-    done.set()
-    watcher.join()
-    return {name: peak[name] - before[name] for name in before}
-
-
-def _memory_now() -> dict[str, int]:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return {name: int(line.split()[1]) * 1024 for line in lines for name in ("Anonymous", "Rss") if line.startswith(f"{name}:")}
+    with Watched() as memory:
+        average(opened)
+    return memory.grown
 
 
 if __name__ == "__main__":

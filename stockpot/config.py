@@ -300,16 +300,61 @@ def _deciding(*distributions: Distribution) -> list[str]:
     return found
 
 
+class MixingSpec(Closed):
+    """How the learned recipes find their weights. They are fitted on a part of held_out, drawn by keyed hash, that nothing else is fitted
+    on; greedy still ranks on all of it, and the gate split stays unseen."""
+
+    share: Fraction = Field(0.5, gt=0, description="Share of held_out the weights are fitted on; the recipe is scored on all of it.")
+    epochs: int = Field(5, ge=1, le=1000, description="Passes over that share. The paper's 5.")
+    batch_size: int = Field(256, ge=1, description="Samples in a step.")
+    learning_rate: float = Field(0.05, gt=0, lt=10, description="Of AdamW on the weights' logits. The paper's 0.05.")
+    ingredients: int = Field(16, ge=1, description="Only the best so many are mixed: every step reads each of them twice.")
+
+
+Recipe = Literal["greedy", "uniform", "pruned", "learned", "learned_by_layer"]
+
+
 class SoupSpec(Closed):
     """How ingredients become a soup."""
 
-    recipe: Literal["greedy", "uniform"] = Field("greedy", description="The recipe that ships. The other one is shown beside it.")
+    recipe: Recipe = Field("greedy", description="The recipe that ships. Greedy and uniform are always shown.")
     accept: Literal["improve", "not_worse"] = Field(
         "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."
     )
-    compare: tuple[Literal["pruned", "model_stock", "ensemble", "greedy_ensemble", "wise_ft", "angles"], ...] = Field(
-        (), description="Recipes and yardsticks shown beside the soup, never shipped; each costs evaluations."
+    passes: int = Field(1, ge=1, le=100, description="How often greedy visits the ingredients; a pass that keeps nothing is the last.")
+    replacement: bool = Field(False, description="Later visits may add a member again, which then counts twice. Needs 2 passes or more.")
+    visit_seed: int | None = Field(
+        None, ge=0, description="Visit all but the best ingredient in the random order of this seed, for analysis. None: best first."
     )
+    earlier: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="How many ingredients of earlier sweeps of this model may join, the best on their own held_out first, if they started "
+        "from the same init. They are scored on this sweep's held_out, at one evaluation each.",
+    )
+    mixing: MixingSpec = Field(default_factory=MixingSpec, description="Of the recipes `learned` and `learned_by_layer`.")
+    compare: tuple[
+        Literal[
+            "pruned",
+            "learned",
+            "learned_by_layer",
+            "model_stock",
+            "ensemble",
+            "greedy_ensemble",
+            "wise_ft",
+            "angles",
+            "midpoints",
+            "marginal",
+        ],
+        ...,
+    ] = Field((), description="Recipes and yardsticks shown beside the soup, never shipped; each costs evaluations.")
+
+    @model_validator(mode="after")
+    def _replacement_needs_a_second_pass(self) -> Self:
+        if self.replacement and self.passes == 1:
+            raise ValueError("`replacement` adds members again on a later pass and `passes` is 1; write `passes: 2` or more")
+        return self
 
 
 class GateSpec(Closed):

@@ -102,6 +102,32 @@ class ClassChange(Closed):
     soup: int
 
 
+class Cost(Closed):
+    """What making and scoring one recipe took, beyond what was known before it."""
+
+    samples: int = Field(description="Forward passes of one sample.")
+    seconds: float
+    peak_bytes: int = Field(description="Most memory the process had held by then; on a GPU, most of the device's memory during it.")
+
+
+class Calibration(Closed):
+    """Expected calibration error on the gate split, and what one temperature, fitted on held_out, makes of it."""
+
+    before: float
+    after: float
+    temperature: float
+
+
+class MarginalPoint(Closed):
+    """The greedy soup of a sweep's first trials, and what the trials since the point before brought."""
+
+    trials: int = Field(gt=0, description="How many it could choose from, in the order they were drawn.")
+    held_out: Accuracy
+    accelerator_hours: float = Field(description="What these trials took together.")
+    gain_per_trial: float | None = Field(description="Accuracy, as a fraction, over the point before; None at the first.")
+    gain_per_hour: float | None = Field(description="The same per hour of an accelerator.")
+
+
 class SoupReport(Closed):
     """Everything a person or the gate needs to know of one cooked sweep."""
 
@@ -115,6 +141,9 @@ class SoupReport(Closed):
     transform_digest: str
     best_single: str = Field(description="Trial id of the highest held-out accuracy; ties go to the smaller id.")
     ingredients: tuple[str, ...] = Field(description="Trial ids in the shipped soup, in the order they were added.")
+    shares: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict, description="Of a learned mixture: layer to the weight of each ingredient. Empty for a plain mean."
+    )
     steps: tuple[GreedyStep, ...]
     scores: dict[str, Scores] = Field(description="Under `best_single`, `uniform` and `greedy`, and what the request asked to compare.")
     alphas: dict[str, tuple[AlphaPoint, ...]] = Field(
@@ -124,9 +153,23 @@ class SoupReport(Closed):
     angles: dict[str, tuple[float, ...]] = Field(
         default_factory=dict, description="Trial id to its angles with every trial of `trials`, seen from the init, in degrees."
     )
+    costs: dict[str, Cost] = Field(default_factory=dict, description="By recipe, in the order they were made.")
+    calibration: dict[str, Calibration] = Field(default_factory=dict, description="By recipe, for those always shown and the shipped one.")
+    midpoints: dict[str, Accuracy] = Field(
+        default_factory=dict, description="Trial id to the held-out accuracy half way between it and the best single, if asked for."
+    )
+    duplicates: tuple[tuple[str, ...], ...] = Field(
+        (), description="Trial ids with the same weights to the bit; each counts as often as named."
+    )
     trials: tuple[TrialPoint, ...]
     classes: tuple[ClassChange, ...] = Field((), description="On the gate split, in the order of the labels.")
     excluded: dict[str, str] = Field(default_factory=dict, description="Trial id to the reason it was left out.")
+    origins: dict[str, str] = Field(default_factory=dict, description="Trials of earlier sweeps that joined, to the sweep each came from.")
+    marginal: tuple[MarginalPoint, ...] = Field((), description="The greedy soup against the number of trials, if asked for.")
+    versions: dict[str, str] = Field(
+        default_factory=dict, description="What cooked it: stockpot, python, torch and what else decides bits."
+    )
+    dtype: str = Field("", description="Of the shipped weights.")
     seconds: float = 0.0
 
 

@@ -120,6 +120,21 @@ def find_ingredients(sweep: Sweep) -> list[Ingredient]:
     return [known[name].model_copy(update={"index": trial.index}) for trial in finished for name in trial.ingredient_ids if name in known]
 
 
+def find_earlier(sweep: Sweep, most: int) -> list[tuple[Ingredient, str]]:
+    """Ingredients of other sweeps of the same model from the same init, the best on their own held_out first, each with its sweep's id."""
+    if not most:
+        return []
+    own = {name for trial in sweep.trials for name in trial.ingredient_ids}
+    with asking():
+        models = search_models(sweep.request.model, f"tags.`stockpot.init` = '{sweep.init.digest}'")
+    found = {
+        one.trial_id: (one, tags["stockpot.sweep"])
+        for tags in (model.tags for model in models)
+        if "stockpot.ingredient" in tags and (one := Ingredient.model_validate_json(tags["stockpot.ingredient"])).trial_id not in own
+    }
+    return sorted(found.values(), key=lambda pair: (-pair[0].held_out.value, pair[0].trial_id))[:most]
+
+
 def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
     """Download an ingredient's files (`INGREDIENT_FILES`) into `folder`. Raises `IngredientMismatch` when they are others."""
     folder.mkdir(parents=True, exist_ok=True)

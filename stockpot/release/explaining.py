@@ -10,6 +10,7 @@ from stockpot.outcomes import ModelVersion, SoupReport
 from stockpot.release import releasing
 from stockpot.soup import card
 from stockpot.soup.recipes.averaging import average
+from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import Weights, open_weights
 
 
@@ -44,9 +45,9 @@ def reproduce(name: str) -> ModelVersion:
     releasing.read_judgement(version)
     with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
         folder = Path(scratch)
-        files = [_fetch(version, trial, folder / str(place)) for place, trial in enumerate(sorted(report.ingredients))]
+        files = [_fetch(version, trial, folder / str(place)) for place, trial in enumerate(report.ingredients)]
         try:
-            found = save_weights(folder / "soup.safetensors", average(files))
+            found = save_weights(folder / "soup.safetensors", mixture(files, report.shares) if report.shares else average(files))
         finally:
             for file in files:
                 file.close()

@@ -9,7 +9,10 @@ def write(report: SoupReport) -> str:
         f"# {report.model}: {report.recipe} soup {report.soup_sha256[:12]}",
         verdict(report),
         _scores(report),
+        _extras(report),
         _decisions(report),
+        _close_calls(report),
+        _soupability(report),
         _excluded(report),
         _facts(report),
     ]
@@ -37,6 +40,18 @@ def _scores(report: SoupReport) -> str:
     return "## Scores\n\n" + "\n".join(lines)
 
 
+def _extras(report: SoupReport) -> str:
+    """Calibration and cost, where they were measured."""
+    head = ["", "ECE on gate, %", "with temperature", "temperature", "samples looked at", "seconds", "peak memory, GB"]
+    lines = []
+    for name in dict.fromkeys([*report.calibration, *report.costs]):
+        known, cost = report.calibration.get(name), report.costs.get(name)
+        told = [f"{100 * known.before:.2f}", f"{100 * known.after:.2f}", f"{known.temperature:.2f}"] if known else [""] * 3
+        told += [f"{cost.samples:,}", f"{cost.seconds:.1f}", f"{cost.peak_bytes / 1e9:.2f}"] if cost else [""] * 3
+        lines.append(_line([name.replace("_", " "), *told]))
+    return "\n".join(["## Calibration and cost\n", _line(head), _line(["---"] * len(head)), *lines]) if lines else ""
+
+
 def _cells(scores: Scores, suites: list[str]) -> list[str]:
     average = scores.shift_average
     splits = [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
@@ -56,6 +71,36 @@ def _after(step: GreedyStep) -> str:
     return _counts(step.after) if step.exact else f"at most {_counts(step.after)} (settled after {step.examined})"
 
 
+NEAR = 3
+"""Right answers that a near miss lacks at the most."""
+
+
+def _close_calls(report: SoupReport) -> str:
+    """What greedy can miss by a few answers: ingredients it left out, and recipes that score better on held_out than what ships."""
+    lines = [
+        f"- Greedy left out {step.trial_id} at {_counts(step.after)}, {step.before.correct - step.after.correct} below the soup without it."
+        for step in report.steps
+        if not step.kept and step.exact and step.before and step.before.correct - step.after.correct <= NEAR
+    ]
+    shipped = report.scores[report.recipe].held_out
+    lines += [
+        f"- {name.replace('_', ' ').capitalize()} has {_counts(scores.held_out)} on held_out, what ships {_counts(shipped)}."
+        for name, scores in report.scores.items()
+        if scores.held_out.correct > shipped.correct
+    ]
+    return "## Near misses\n\n" + "\n".join(lines) if lines else ""
+
+
+def _soupability(report: SoupReport) -> str:
+    """How the pool lies: the same weights twice, and half way from the best single model to each other."""
+    lines = [f"- The same weights to the bit: {', '.join(group)}." for group in report.duplicates]
+    ends = {point.trial_id: point.scores.held_out for point in report.trials}
+    for trial, middle in report.midpoints.items():
+        sunk = (ends[trial].value + ends[report.best_single].value) / 2 - middle.value
+        lines.append(f"- Half way to {trial}: {_percent(middle)} %, {100 * -sunk:+.2f} points against the mean of both ends.")
+    return "## Soupability\n\n" + "\n".join(lines) if lines else ""
+
+
 def _excluded(report: SoupReport) -> str:
     if not report.excluded:
         return ""
@@ -69,8 +114,11 @@ def _facts(report: SoupReport) -> str:
         "evaluation transform": report.transform_digest,
         "sweep": report.sweep_id,
         "ingredients": ", ".join(report.ingredients),
+        "of earlier sweeps": ", ".join(f"{trial} ({report.origins[trial]})" for trial in report.ingredients if trial in report.origins),
+        "type": report.dtype,
+        "made by": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
-    return "## Identity\n\n" + "\n".join(f"- {name}: `{value}`" for name, value in facts.items())
+    return "## Identity\n\n" + "\n".join(f"- {name}: `{value}`" for name, value in facts.items() if value)
 
 
 def _line(cells: list[str]) -> str:

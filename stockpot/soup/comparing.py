@@ -36,6 +36,7 @@ class Comparison:
     scores: dict[str, Scores] = field(default_factory=dict)
     alphas: dict[str, tuple[AlphaPoint, ...]] = field(default_factory=dict)
     angles: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    midpoints: dict[str, Accuracy] = field(default_factory=dict)
 
 
 def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, folder: Path) -> Comparison:
@@ -43,25 +44,34 @@ def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, fold
     save_weights(folder / "init.safetensors", inits.fetch(init)[1])
     start = open_weights(folder / "init.safetensors")
     make: dict[str, Callable[[], Scores]] = {
-        "pruned": lambda: _pruned(kitchen),
+        "pruned": lambda: kitchen.scores(prune(kitchen)),
+        "learned": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=False)),
+        "learned_by_layer": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=True)),
         "model_stock": lambda: kitchen.scores(_model_stock(kitchen, init, start)),
         "ensemble": lambda: _ensemble(kitchen, tuple(kitchen.pool.candidates)),
         "greedy_ensemble": lambda: _ensemble(kitchen, _ensemble_members(kitchen, spec)),
     }
+    scores: dict[str, Scores] = {}
     try:
+        for name in spec.compare:
+            if name in make and name != spec.recipe:
+                with kitchen.measured(name):
+                    scores[name] = make[name]()
         return Comparison(
-            {name: make[name]() for name in spec.compare if name in make},
+            scores,
             {name: _line(kitchen, init, start, trials) for name, trials in recipes.items()} if "wise_ft" in spec.compare else {},
             _angles(kitchen, start) if "angles" in spec.compare else {},
+            _midpoints(kitchen, recipes["best_single"][0]) if "midpoints" in spec.compare else {},
         )
     finally:
         start.close()
 
 
-def _pruned(kitchen: Kitchen) -> Scores:
+def prune(kitchen: Kitchen) -> Dish:
+    """The pruned soup."""
     held_out = {trial: one.ingredient.held_out for trial, one in kitchen.pool.candidates.items()}
     stay = pruned(held_out, lambda trials: kitchen.accuracy(kitchen.soup(trials), "held_out"))
-    return kitchen.scores(kitchen.soup(stay))
+    return kitchen.soup(stay)
 
 
 def _model_stock(kitchen: Kitchen, init: Init, start: Weights) -> Dish:
@@ -94,6 +104,11 @@ def _line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str]) -
         )
 
     return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(dish(alpha))) for alpha in ALPHAS)
+
+
+def _midpoints(kitchen: Kitchen, best: str) -> dict[str, Accuracy]:
+    """Half way from the best single to each other candidate: far below both ends means that the two do not lie in one basin."""
+    return {trial: kitchen.accuracy(kitchen.soup([best, trial]), "held_out") for trial in kitchen.pool.candidates if trial != best}
 
 
 def _angles(kitchen: Kitchen, start: Weights) -> dict[str, tuple[float, ...]]:

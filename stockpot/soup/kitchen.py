@@ -4,24 +4,31 @@ the scores already known. A soup is a list of trial ids; one named twice counts 
 Every forward pass has the same shape (a short block is filled up), so that what a model says about a sample does not depend on the block.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stockpot.config import Sweep
+from stockpot.config import MixingSpec, Sweep
 from stockpot.data.node_cache import cache_root
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import open_snapshot
+from stockpot.data.splits import point
+from stockpot.digests import digest
 from stockpot.evaluation import normalise
-from stockpot.models.classifier import build
+from stockpot.models.classifier import Classifier, build
 from stockpot.models.loading import load_state
-from stockpot.outcomes import Accuracy, Scores
+from stockpot.outcomes import Accuracy, Cost, Scores
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine
+from stockpot.soup.recipes.greedy import ranked
+from stockpot.soup.recipes.learned import learn, mixture
 from stockpot.soup.score_cache import ScoreCache
 from stockpot.soup.soupability import Pool
 
@@ -35,12 +42,28 @@ class Dish:
     identity: tuple[str, ...]
     """What decides them: the sha256 of every file in a plain mean, or of files, coefficients and recipe."""
     make: Callable[[], dict[str, Tensor]]
+    trials: tuple[str, ...] = ()
+    """What it is made of."""
+    shares: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Layer to the weight of each of `trials`; empty for a plain mean."""
+
+
+@dataclass
+class Stove:
+    """A device with the model on it, and what it holds now."""
+
+    device: str
+    model: Classifier
+    loaded: tuple[str, ...] = ()
+    samples: int = 0
+    """Forward passes of one sample so far."""
 
 
 class Kitchen:
     """The pool, the model and the pixels of one sweep."""
 
-    def __init__(self, sweep: Sweep, pool: Pool) -> None:
+    def __init__(self, sweep: Sweep, pool: Pool, devices: Sequence[str] | None = None) -> None:
+        """devices: where greedy's candidates are scored at once; None is every GPU, or the CPU."""
         config = pool.config
         main = open_snapshot(sweep.data.snapshot)
         main.require_classes(config.classes)
@@ -57,15 +80,50 @@ class Kitchen:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._digests = {name: snapshot.digest for name, snapshot in pinned.items()}
         self._cache = ScoreCache(cache_root() / "scores", self.device)
-        self._model = build(config).to(self.device).eval()
-        self._loaded: tuple[str, ...] = ()
-        self._soup: tuple[tuple[str, ...], Tensor] | None = None
+        places = devices or [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+        self.stoves = [Stove(place, build(config).to(place).eval()) for place in places]
+        self._soups: dict[tuple[str, ...], Tensor] = {}
+        self.costs: dict[str, Cost] = {}
 
     def soup(self, trials: Sequence[str]) -> Dish:
-        """The plain mean of these trials, a pure function of what is in it: members are summed in the order of their ids."""
+        """The plain mean of these trials, a pure function of what is in it, whatever the order of their names."""
         chosen = [self.pool.candidates[trial] for trial in sorted(trials)]
         identity = tuple(sorted(one.ingredient.weights_sha256 for one in chosen))
-        return Dish(identity, lambda: average([one.weights for one in chosen]))
+        return Dish(identity, lambda: average([one.weights for one in chosen]), tuple(trials))
+
+    def learned(self, spec: MixingSpec, *, by_layer: bool) -> Dish:
+        """The mixture of the best ingredients that is learned on the mixing share of held_out. It takes the kitchen's model to learn."""
+        trials = ranked({trial: one.ingredient.held_out for trial, one in self.pool.candidates.items()})[: spec.ingredients]
+        files = [self.pool.candidates[trial].weights for trial in trials]
+        shares = learn(self.stoves[0].model, files, self._mixing_batches(spec), by_layer=by_layer, learning_rate=spec.learning_rate)
+        self.stoves[0].loaded = ()
+        identity = (digest(shares), *[self.pool.candidates[trial].ingredient.weights_sha256 for trial in trials])
+        return Dish(identity, lambda: mixture(files, shares), tuple(trials), shares)
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Note what the block costs, under a recipe's name."""
+        on_gpu, began, before = self.device == "cuda", time.monotonic(), self._samples()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.costs[name] = Cost(samples=self._samples() - before, seconds=time.monotonic() - began, peak_bytes=peak)
+
+    def _samples(self) -> int:
+        return sum(stove.samples for stove in self.stoves)
+
+    def _mixing_batches(self, spec: MixingSpec) -> Iterator[tuple[Tensor, Tensor]]:
+        seen = self.splits["held_out"]
+        numbers = [number for number, key in enumerate(seen.keys) if point(key, "stockpot/mixing") < spec.share * 2**64]
+        rng = np.random.default_rng(0)
+        for _ in range(spec.epochs):
+            order = rng.permutation(numbers)
+            for start in range(0, len(order), spec.batch_size):
+                some = order[start : start + spec.batch_size]
+                self.stoves[0].samples += len(some)
+                images = torch.from_numpy(np.ascontiguousarray(seen.images[some])).to(self.stoves[0].device)
+                yield normalise(images, self.config.preprocess), torch.as_tensor(seen.labels[some]).to(images.device)
 
     def logits(self, dish: Dish, split: str) -> Tensor:
         """What a dish says about every sample of a split: float32 (N, C)."""
@@ -84,7 +142,7 @@ class Kitchen:
             assert known is not None
         return known.accuracy
 
-    def verdict(self, trials: Sequence[str], need: int) -> Verdict:
+    def verdict(self, trials: Sequence[str], need: int, stove: Stove | None = None) -> Verdict:
         """A greedy candidate on held_out, looked at no longer than its fate is open: the newest ingredient is the last one named."""
         dish = self.soup(trials)
         key = self._key(dish, "held_out")
@@ -93,10 +151,10 @@ class Kitchen:
         labels_N = torch.as_tensor(self.splits["held_out"].labels)
         soup_NC = self._soup_logits(trials[:-1])
         order = doubtful_first(soup_NC, len(trials) - 1, self.pool.candidates[trials[-1]].logits, labels_N)
-        verdict, logits_NC = self._examine(dish, "held_out", order, need)
+        verdict, logits_NC = self._examine(dish, "held_out", order, need, stove)
         self._cache.put(key, verdict)
         if logits_NC is not None and verdict.accuracy.correct >= need:
-            self._soup = (tuple(trials), logits_NC)
+            self._soups = {soup: told for soup, told in self._soups.items() if len(soup) >= len(trials) - 1} | {tuple(trials): logits_NC}
         return verdict
 
     def scores(self, dish: Dish) -> Scores:
@@ -116,27 +174,29 @@ class Kitchen:
         """A dish on every shift suite."""
         return {name: self.accuracy(dish, _suite(name)) for name in self.suites}
 
-    def _examine(self, dish: Dish, split: str, order: Tensor, need: int) -> tuple[Verdict, Tensor | None]:
-        if dish.identity != self._loaded:
-            load_state(self._model, dish.make())
-            self._loaded = dish.identity
+    def _examine(self, dish: Dish, split: str, order: Tensor, need: int, stove: Stove | None = None) -> tuple[Verdict, Tensor | None]:
+        stove = stove or self.stoves[0]
+        if dish.identity != stove.loaded:
+            load_state(stove.model, dish.make())
+            stove.loaded = dish.identity
         seen = self.splits[split]
         block = block_size(len(seen.labels))
 
         @torch.inference_mode()
         def predict(numbers_B: Tensor) -> Tensor:
+            stove.samples += len(numbers_B)
             filled = numbers_B.new_zeros(block)
             filled[: len(numbers_B)] = numbers_B
-            images = torch.from_numpy(np.ascontiguousarray(seen.images[filled.numpy()])).to(self.device)
-            logits_BC: Tensor = self._model(normalise(images, self.config.preprocess))
+            images = torch.from_numpy(np.ascontiguousarray(seen.images[filled.numpy()])).to(stove.device)
+            logits_BC: Tensor = stove.model(normalise(images, self.config.preprocess))
             return logits_BC[: len(numbers_B)].float().cpu()
 
         return examine(predict, torch.as_tensor(seen.labels), order, need, block)
 
     def _soup_logits(self, trials: Sequence[str]) -> Tensor:
         """The soup's own logits where its last examination left them, else the mean of its members': they only decide an order."""
-        if self._soup and self._soup[0] == tuple(trials):
-            return self._soup[1]
+        if (told := self._soups.get(tuple(trials))) is not None:
+            return told
         return torch.stack([self.pool.candidates[trial].logits for trial in trials]).mean(dim=0)
 
     def _key(self, dish: Dish, split: str) -> str:

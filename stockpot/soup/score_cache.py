@@ -14,6 +14,9 @@ from stockpot.digests import short
 from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes.examining import Verdict
 
+ARITHMETIC = "float32 means"
+"""How weights are averaged: another way, other last bits, other scores."""
+
 
 @dataclass(frozen=True)
 class ScoreCache:
@@ -24,7 +27,7 @@ class ScoreCache:
 
     def key(self, weights_sha256: Sequence[str], split_digest: str, split: str, transform_digest: str) -> str:
         """The identity of one score. `weights_sha256`: the averaged files, in any order; one averaged twice is named twice."""
-        return short([sorted(weights_sha256), split_digest, split, transform_digest, self.device, torch.__version__])
+        return short([ARITHMETIC, sorted(weights_sha256), split_digest, split, transform_digest, self.device, torch.__version__])
 
     def get(self, key: str, need: int) -> Verdict | None:
         """A stored verdict that answers whether `need` correct answers are reached; None when there is none."""

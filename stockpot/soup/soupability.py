@@ -4,7 +4,8 @@ In: recorded files whole and unchanged, the sweep's init, the pool's keys, shape
 preprocessing and classes included), finite weights, and held-out logits that give the recorded accuracy.
 """
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from stockpot.soup.recipes.averaging import first_non_finite
 from stockpot.soup.recipes.weights import Weights, difference, open_weights
 
 # N samples of held_out, C classes
+
+FETCHERS = 4
+"""Ingredients on their way from storage at once: the next are fetched while one is examined."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,21 @@ class Pool:
     candidates: dict[str, Candidate]
     excluded: dict[str, str]
     """Trial id to the reason."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Candidates of earlier sweeps, to the sweep each came from."""
 
     @property
     def config(self) -> ModelConfig:
         """The model config all candidates share."""
         return next(iter(self.candidates.values())).config
+
+    @property
+    def duplicates(self) -> tuple[tuple[str, ...], ...]:
+        """Candidates with the same weights to the bit, in groups of two and more."""
+        groups: dict[str, list[str]] = {}
+        for trial, one in self.candidates.items():
+            groups.setdefault(one.ingredient.weights_sha256, []).append(trial)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
     def close(self) -> None:
         """Close the weight files."""
@@ -55,7 +69,14 @@ class Pool:
     def without(self, doubts: dict[str, str]) -> "Pool":
         """The pool less some candidates, each with its reason. Raises `TooFewIngredients` when none is left."""
         kept = {trial: one for trial, one in self.candidates.items() if trial not in doubts}
-        return _some(Pool(kept, self.excluded | doubts))
+        return _some(replace(self, candidates=kept, excluded=self.excluded | doubts))
+
+    def rescored(self, trial: str, logits_NC: Tensor, labels_N: np.ndarray, transform_digest: str) -> "Pool":
+        """The pool with one candidate judged on these held-out samples instead of those it recorded."""
+        one = self.candidates[trial]
+        score = {"held_out": accuracy(logits_NC, labels_N), "transform_digest": transform_digest}
+        judged = replace(one, ingredient=one.ingredient.model_copy(update=score), logits=logits_NC)
+        return replace(self, candidates=self.candidates | {trial: judged})
 
 
 def gather(ingredients: list[Ingredient], init: Init, folder: Path) -> Pool:
@@ -65,13 +86,16 @@ def gather(ingredients: list[Ingredient], init: Init, folder: Path) -> Pool:
     """
     candidates: dict[str, Candidate] = {}
     excluded: dict[str, str] = {}
-    for ingredient in ingredients:
-        try:
-            candidate = _examine(ingredient, init, folder / ingredient.trial_id)
-            _compare(candidate, next(iter(candidates.values()), candidate))
-            candidates[ingredient.trial_id] = candidate
-        except (IngredientMismatch, ModelError) as error:
-            excluded[ingredient.trial_id] = str(error)
+    with ThreadPoolExecutor(FETCHERS) as fetchers:
+        found = fetchers.map(lambda one: _examined(one, init, folder / one.trial_id), ingredients)
+        for ingredient, candidate in zip(ingredients, found, strict=True):
+            try:
+                if isinstance(candidate, str):
+                    raise IngredientMismatch(candidate)
+                _compare(candidate, next(iter(candidates.values()), candidate))
+                candidates[ingredient.trial_id] = candidate
+            except IngredientMismatch as error:
+                excluded[ingredient.trial_id] = str(error)
     return _some(Pool(candidates, excluded))
 
 
@@ -88,6 +112,14 @@ def check_accuracy(candidate: Candidate, labels_N: np.ndarray, transform_digest:
         if found == ingredient.held_out
         else f"Its held-out logits give {found.correct} right, recorded were {ingredient.held_out.correct}."
     )
+
+
+def _examined(ingredient: Ingredient, init: Init, folder: Path) -> Candidate | str:
+    """The candidate, or why it is none."""
+    try:
+        return _examine(ingredient, init, folder)
+    except (IngredientMismatch, ModelError) as error:
+        return str(error)
 
 
 def _examine(ingredient: Ingredient, init: Init, folder: Path) -> Candidate:

@@ -4,8 +4,13 @@ model and every trial, and record what was made, decided and measured. Needs not
 Nothing selects but held_out. If no soup beats the best single model, that model ships, as a soup of one, and the record says so.
 """
 
+import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,17 +18,19 @@ import torch
 from torch import Tensor
 
 from stockpot.checkpoints import save_weights
-from stockpot.config import Sweep
+from stockpot.config import SoupSpec, Sweep
+from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical
 from stockpot.ledger import registry, tracking
-from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, Scores, SoupReport, TrialPoint
-from stockpot.soup import card, page, picture
-from stockpot.soup.comparing import Comparison, compare
-from stockpot.soup.kitchen import Kitchen
+from stockpot.outcomes import Accuracy, Calibration, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
+from stockpot.soup import card, marginal, page, picture
+from stockpot.soup.comparing import Comparison, Recipes, compare, prune
+from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.examining import Verdict
-from stockpot.soup.recipes.greedy import greedy, members, ranked
+from stockpot.soup.recipes.greedy import greedy, members, ranked, shuffled
+from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.soupability import Pool, check_accuracy, gather
-from stockpot.soup.statistics import right
+from stockpot.soup.statistics import calibration_error, right, temperature
 
 Say = Callable[[str], None]
 
@@ -47,15 +54,33 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupRepo
     tracking.open_soup_run(sweep.request.model, sweep_id, flow_run_id)
     with TemporaryDirectory(prefix="stockpot-soup-") as scratch:
         folder = Path(scratch)
-        pool = gather(ingredients, sweep.init, folder / "ingredients")
+        earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier)
+        origins = {one.trial_id: origin for one, origin in earlier}
+        pool = replace(gather([*ingredients, *[one for one, _ in earlier]], sweep.init, folder / "ingredients"), origins=origins)
         try:
             kitchen = Kitchen(sweep, pool)
-            kitchen.pool = _trusted(pool, kitchen)
+            kitchen.pool = _trusted(_rescored(pool, kitchen, sweep), kitchen)
             for trial, reason in kitchen.pool.excluded.items():
                 say(f"left out {trial}: {reason}")
             return _cook(sweep, kitchen, folder, began, say)
         finally:
             pool.close()
+
+
+def _rescored(pool: Pool, kitchen: Kitchen, sweep: Sweep) -> Pool:
+    """The pool with candidates of earlier sweeps scored on this held_out, without those that may have been trained on it."""
+    seen, rule = kitchen.splits["held_out"], open_snapshot(sweep.data.snapshot).manifest.rule
+    doubts = {}
+    for trial, origin in pool.origins.items():
+        if trial not in pool.candidates:
+            continue
+        theirs = tracking.read_sweep(origin).data.snapshot
+        if theirs != sweep.data.snapshot and open_snapshot(theirs).manifest.rule != rule:
+            doubts[trial] = f"It is of sweep {origin}, whose data was split otherwise: it may have been trained on this held_out."
+            continue
+        logits_NC = kitchen.logits(kitchen.soup([trial]), "held_out")
+        pool = pool.rescored(trial, logits_NC, seen.labels, seen.transform_digest)
+    return pool.without(doubts)
 
 
 def _trusted(pool: Pool, kitchen: Kitchen) -> Pool:
@@ -69,9 +94,13 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
     pool, wanted = kitchen.pool, sweep.request.soup.recipe
     singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
     best = ranked(singles)[0]
-    steps = _greedy(sweep, singles, kitchen, say)
+    with kitchen.measured("greedy"):
+        steps = _greedy(sweep, singles, kitchen, say)
     recipes = {"best_single": (best,), "uniform": tuple(sorted(singles)), "greedy": members(steps)}
     scores = {name: kitchen.scores(kitchen.soup(trials)) for name, trials in recipes.items()}
+    with kitchen.measured(wanted) if wanted not in recipes else nullcontext():
+        dish = _dish(kitchen, sweep.request.soup, recipes)
+        scores[wanted] = kitchen.scores(dish)
     for name, trials in recipes.items():
         say(f"{name.replace('_', ' ')} of {len(trials)}: held_out {scores[name].held_out.value:.4f}")
     compared = compare(kitchen, sweep.init, recipes, sweep.request.soup, folder) if sweep.request.soup.compare else Comparison()
@@ -81,22 +110,64 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         model=sweep.request.model,
         mlflow_run_id="",
         recipe=wanted,
-        soup_sha256=save_weights(folder / "soup" / "model.safetensors", kitchen.soup(recipes[wanted]).make()),
+        soup_sha256=save_weights(folder / "soup" / "model.safetensors", dish.make()),
         init_digest=sweep.init.digest,
         transform_digest=kitchen.splits["held_out"].transform_digest,
         best_single=best,
-        ingredients=recipes[wanted],
+        ingredients=dish.trials,
+        shares=dish.shares,
         steps=tuple(steps),
         scores=scores | compared.scores,
         alphas=compared.alphas,
         angles=compared.angles,
+        midpoints=compared.midpoints,
+        duplicates=pool.duplicates,
         trials=_points(kitchen, recipes["greedy"]),
         excluded=pool.excluded,
+        origins=pool.origins,
+        marginal=_marginal(sweep, kitchen) if "marginal" in sweep.request.soup.compare else (),
+        versions=versions(),
+        dtype=", ".join(sorted({slot.kind.split()[0] for slot in pool.candidates[best].weights.slots.values()})),
     )
-    gate_logits = {name: kitchen.logits(kitchen.soup(trials), "gate") for name, trials in recipes.items()}
-    labels_N = torch.as_tensor(kitchen.splits["gate"].labels)
-    report = report.model_copy(update={"classes": _classes(pool.config.classes, labels_N, gate_logits["best_single"], gate_logits[wanted])})
-    return _record(report, sweep, pool, gate_logits | {"labels": labels_N}, folder, began)
+    dishes = {name: kitchen.soup(trials) for name, trials in recipes.items()} | {wanted: dish}
+    gate_logits = {name: kitchen.logits(one, "gate") for name, one in dishes.items()}
+    gate_labels = torch.as_tensor(kitchen.splits["gate"].labels)
+    calibration = {name: _calibration(kitchen, one, gate_logits[name], gate_labels) for name, one in dishes.items()}
+    classes = _classes(pool.config.classes, gate_labels, gate_logits["best_single"], gate_logits[wanted])
+    report = report.model_copy(update={"classes": classes, "calibration": calibration, "costs": kitchen.costs})
+    return _record(report, sweep, pool, gate_logits | {"labels": gate_labels}, folder, began)
+
+
+def _calibration(kitchen: Kitchen, dish: Dish, gate_NC: Tensor, labels_N: Tensor) -> Calibration:
+    held_out = torch.as_tensor(kitchen.splits["held_out"].labels)
+    found = temperature(kitchen.logits(dish, "held_out"), held_out)
+    return Calibration(before=calibration_error(gate_NC, labels_N), after=calibration_error(gate_NC / found, labels_N), temperature=found)
+
+
+def _dish(kitchen: Kitchen, spec: SoupSpec, recipes: Recipes) -> Dish:
+    """What ships."""
+    if spec.recipe in recipes:
+        return kitchen.soup(recipes[spec.recipe])
+    return prune(kitchen) if spec.recipe == "pruned" else kitchen.learned(spec.mixing, by_layer=spec.recipe == "learned_by_layer")
+
+
+def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:
+    """The greedy soup of the first 1, 2, 4, ... trials of this sweep; what the whole sweep's soup scored already is not scored again."""
+    own = [one.ingredient for trial, one in kitchen.pool.candidates.items() if trial not in kitchen.pool.origins]
+    places = sorted({one.index for one in own})  # a trial may have several ingredients
+    soups = []
+    for count in marginal.sizes(len(places)):
+        singles = {one.trial_id: one.held_out for one in own if one.index in places[:count]}
+        steps = _greedy(sweep, singles, kitchen, lambda _line: None)
+        soups.append((count, [step.after for step in steps if step.kept][-1]))
+    return marginal.curve(soups, [max(one.seconds for one in own if one.index == place) for place in places])
+
+
+def versions() -> dict[str, str]:
+    """What decides a soup's bits and its decisions, beside its ingredients."""
+    return {"python": platform.python_version()} | {
+        name: installed(name) for name in ("stockpot", "torch", "torchvision", "numpy", "open_clip_torch")
+    }
 
 
 def _classes(names: Sequence[str], labels_N: Tensor, single_NC: Tensor, soup_NC: Tensor) -> tuple[ClassChange, ...]:
@@ -107,14 +178,18 @@ def _classes(names: Sequence[str], labels_N: Tensor, single_NC: Tensor, soup_NC:
 
 
 def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: Say) -> list[GreedyStep]:
-    def score(trials: Sequence[str], need: int) -> Verdict:
-        found = kitchen.verdict(trials, need)
-        most = "" if found.examined == found.accuracy.seen else f"at most, after {found.examined} samples, "
-        kept = "kept" if found.accuracy.correct >= need else "left out"
-        say(f"greedy: with {trials[-1]} {found.accuracy.correct} of {found.accuracy.seen} {most}{need} needed: {kept}")
-        return found
+    spec = sweep.request.soup
+    order = None if spec.visit_seed is None else shuffled(singles, spec.visit_seed)
+    with Speculation([partial(kitchen.verdict, stove=stove) for stove in kitchen.stoves]) as crowd:
 
-    return greedy(singles, score, sweep.request.soup.accept)
+        def score(trials: Sequence[str], need: int) -> Verdict:
+            found = crowd.score(trials, need)
+            most = "" if found.examined == found.accuracy.seen else f"at most, after {found.examined} samples, "
+            kept = "kept" if found.accuracy.correct >= need else "left out"
+            say(f"greedy: with {trials[-1]} {found.accuracy.correct} of {found.accuracy.seen} {most}{need} needed: {kept}")
+            return found
+
+        return greedy(singles, score, spec.accept, passes=spec.passes, replacement=spec.replacement, order=order, ahead=crowd.ahead)
 
 
 def _points(kitchen: Kitchen, kept: Sequence[str]) -> tuple[TrialPoint, ...]:
@@ -139,6 +214,10 @@ def _record(report: SoupReport, sweep: Sweep, pool: Pool, gate_logits: dict[str,
         "soup_sha256": report.soup_sha256,
         "init_digest": report.init_digest,
         "ingredients": {trial: pool.candidates[trial].ingredient.weights_sha256 for trial in report.ingredients},
+        "order": report.ingredients,
+        "versions": report.versions,
+        "dtype": report.dtype,
+        "shares": report.shares,
     }
     (soup / "model.json").write_bytes(canonical(pool.config))
     (soup / "recipe.json").write_bytes(canonical(recipe))

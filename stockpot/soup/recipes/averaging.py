@@ -68,7 +68,7 @@ def average(files: Sequence[Weights], coefficients: Sequence[float] | None = Non
     state = {name: _view(buffer, files[0].slots[name], offsets[name]) for name in order}
     for name in order:
         if not state[name].is_floating_point():
-            state[name].copy_(_same(files, name))
+            state[name].copy_(copied(files, name))
     return state | {name: state[first] for name, first in files[0].tied.items()}
 
 
@@ -188,7 +188,8 @@ def _view(buffer: Tensor, slot: Slot, offset: int) -> Tensor:
     return buffer[offset : offset + slot.stop - slot.start].view(slot.dtype).view(slot.shape)
 
 
-def _same(files: Sequence[Weights], name: str) -> Tensor:
+def copied(files: Sequence[Weights], name: str) -> Tensor:
+    """An integer or bool tensor that all files agree on. Raises `IngredientMismatch` when they do not."""
     first, *others = (read_tensor(file, name) for file in files)
     if name.rsplit(".", 1)[-1] == "num_batches_tracked":
         return torch.stack([first, *others]).amax(0)

@@ -15,6 +15,8 @@ from stockpot.soup.recipes.examining import Verdict
 Accept = Literal["improve", "not_worse"]
 Score = Callable[[Sequence[str], int], Verdict]
 """(trial ids of a candidate, the newest last; correct answers it needs) -> what was found."""
+Question = tuple[tuple[str, ...], int]
+"""What `Score` is asked."""
 
 
 def ranked(held_out: Mapping[str, Accuracy]) -> list[str]:
@@ -37,11 +39,13 @@ def greedy(
     passes: int = 1,
     replacement: bool = False,
     order: Sequence[str] | None = None,
+    ahead: Callable[[Sequence[Question]], None] | None = None,
 ) -> list[GreedyStep]:
     """The decisions in order; those kept are the soup, a trial kept twice counts twice.
 
     held_out: each ingredient's own accuracy, by trial id, at least one. passes: how often the ingredients are visited; a pass that keeps
-    nothing is the last. replacement: later visits may add a member again. order: None is `ranked`.
+    nothing is the last. replacement: later visits may add a member again. order: None is `ranked`. ahead: told before each question what
+    the questions of this pass are from it on, if every candidate is left out.
     """
     order = list(order or ranked(held_out))
     best = held_out[order[0]]
@@ -49,10 +53,13 @@ def greedy(
     soup = order[:1]
     for number in range(passes):
         size = len(soup)
-        for trial in order[1:] if number == 0 else order:
+        visits = order[1:] if number == 0 else order
+        for place, trial in enumerate(visits):
             if trial in soup and not replacement:
                 continue
             need = best.correct + (1 if accept == "improve" else 0)
+            if ahead:
+                ahead([((*soup, one), need) for one in visits[place:] if replacement or one not in soup])
             after, examined = score([*soup, trial], need)
             kept = after.correct >= need
             if kept:

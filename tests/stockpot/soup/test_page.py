@@ -66,3 +66,25 @@ def test_the_card_names_bounds_and_reasons(sweep: Sweep) -> None:
     assert "at most 188 of 200 (settled after 64)" in text
     assert "feedbeef: its `<head>` holds a NaN" in text
     assert text.startswith("# digits: greedy soup aaaaaaaaaaaa")
+
+
+def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(sweep: Sweep) -> None:
+    one = report(sweep, True, True)
+    ids = [trial.id for trial in sweep.trials]
+    near = one.steps[2].model_copy(update={"examined": 200})
+    better = Scores(held_out=score(191))
+    text = card.write(
+        one.model_copy(
+            update={
+                "steps": (*one.steps[:2], near),
+                "scores": one.scores | {"uniform": better},
+                "duplicates": ((ids[0], ids[1]),),
+                "midpoints": {ids[2]: score(180)},
+            }
+        )
+    )
+    assert f"Greedy left out {ids[2]} at 188 of 200, 2 below" in text
+    assert "Uniform has 191 of 200 on held_out, what ships 190 of 200" in text
+    assert f"The same weights to the bit: {ids[0]}, {ids[1]}" in text
+    assert f"Half way to {ids[2]}: 90.00 %, -5.00 points" in text
+    assert "Near misses" not in card.write(one)

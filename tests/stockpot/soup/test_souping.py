@@ -6,14 +6,20 @@ from uuid import uuid4
 import pytest
 import torch
 
-from stockpot.checkpoints import load_weights
-from stockpot.config import SoupSpec, Sweep
+from stockpot.checkpoints import load_weights, save_weights
+from stockpot.config import MixingSpec, SoupSpec, Sweep, TrialSettings
+from stockpot.data import pixel_store
+from stockpot.data.images import decode
 from stockpot.digests import file_digest
 from stockpot.errors import SweepMissing, TooFewIngredients
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
-from stockpot.outcomes import SoupReport
-from stockpot.soup.souping import cook
+from stockpot.outcomes import Accuracy, SoupReport
+from stockpot.soup.kitchen import Kitchen
+from stockpot.soup.recipes.learned import mixture
+from stockpot.soup.recipes.weights import open_weights
+from stockpot.soup.soupability import gather
+from stockpot.soup.souping import _greedy, cook
 from tests.tiny_sweep import Ground, finish_trial, finish_trials, tiny_sweep
 
 
@@ -108,17 +114,19 @@ def test_an_unknown_sweep_is_refused(ledger: str) -> None:
 
 def test_the_requested_recipe_ships(ground: Ground, ledger: str, tmp_path: Path) -> None:
     sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=3, soup=SoupSpec(recipe="uniform"))
-    finish_trials(ground, sweep, tmp_path)
+    finish_trials(ground, sweep, tmp_path, only=[0, 1])
+    finish_trial(ground, sweep, 2, tmp_path, state=load_weights(tmp_path / "trial-0" / "model.safetensors"))
     report: SoupReport = cook(sweep.id, say=quiet)
     assert sorted(report.ingredients) == sorted(trial.id for trial in sweep.trials)
+    assert report.duplicates == ((sweep.trials[0].id, sweep.trials[2].id),)
 
 
 def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Ground, ledger: str, tmp_path: Path) -> None:
-    everything = ("pruned", "model_stock", "ensemble", "greedy_ensemble", "wise_ft", "angles")
+    everything = ("pruned", "learned", "learned_by_layer", "model_stock", "ensemble", "greedy_ensemble", "wise_ft", "angles", "midpoints")
     sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=3, soup=SoupSpec(compare=everything))
     finish_trials(ground, sweep, tmp_path)
     report = cook(sweep.id, say=quiet)
-    assert set(report.scores) == {"best_single", "uniform", "greedy", "pruned", "model_stock", "ensemble", "greedy_ensemble"}
+    assert set(report.scores) == {"best_single", "uniform", "greedy", *everything[:6]}
     assert report.scores["pruned"].held_out.correct >= report.scores["uniform"].held_out.correct
     assert set(report.alphas) == {"best_single", "uniform", "greedy"}
     for name, points in report.alphas.items():
@@ -126,4 +134,85 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
         assert points[-1].scores == report.scores[name]
         assert points[0].scores == report.alphas["greedy"][0].scores
     assert all(len(row) == 3 for row in report.angles.values())
+    assert set(report.midpoints) == {trial.id for trial in sweep.trials} - {report.best_single}
+    assert "Half way to" in tracking.read_report_text(report, "card.md")
     assert report.ingredients == tuple(step.trial_id for step in report.steps if step.kept)
+
+
+def test_a_learned_mixture_ships_with_its_shares_and_can_be_made_again(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    spec = SoupSpec(recipe="learned_by_layer", passes=2, replacement=True, visit_seed=1, mixing=MixingSpec(ingredients=2, batch_size=16))
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=3, soup=spec)
+    finish_trials(ground, sweep, tmp_path)
+    report = cook(sweep.id, say=quiet)
+    assert {len(row) for row in report.shares.values()} == {2} == {len(report.ingredients)}
+    files = [
+        open_weights(tracking.fetch_ingredient(one, tmp_path / one.trial_id) / "model.safetensors")
+        for trial in report.ingredients
+        for one in tracking.find_ingredients(sweep)
+        if one.trial_id == trial
+    ]
+    assert save_weights(tmp_path / "again.safetensors", mixture(files, report.shares)) == report.soup_sha256
+
+
+def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    model = f"souping-{uuid4().hex[:8]}"
+    before = tiny_sweep(ground, model, trials=3, settings=TrialSettings(seed=7))
+    old = finish_trials(ground, before, tmp_path / "old")
+    client().set_logged_model_tags(  # what an ingredient says of itself elsewhere does not count: it is scored here
+        old[0].model_id, {"stockpot.ingredient": old[0].model_copy(update={"held_out": Accuracy(correct=7, seen=7)}).model_dump_json()}
+    )
+    sweep = tiny_sweep(ground, model, trials=2, soup=SoupSpec(recipe="uniform", earlier=2, compare=("marginal",)))
+    finish_trials(ground, sweep, tmp_path / "new", noise=0.2)
+    report = cook(sweep.id, say=quiet)
+    assert len(report.origins) == 2
+    assert set(report.origins.values()) == {before.id}
+    assert old[0].trial_id in report.origins
+    assert set(report.ingredients) == {trial.id for trial in sweep.trials} | set(report.origins)
+    assert next(point.scores.held_out for point in report.trials if point.trial_id == old[0].trial_id) == old[0].held_out
+    assert [point.trials for point in report.marginal] == [1, 2]
+    card = tracking.read_report_text(report, "card.md")
+    assert f"{old[0].trial_id} ({before.id})" in card
+    assert f"torch {report.versions['torch']}" in card
+    assert report.dtype == "float32"
+    assert cook(sweep.id, say=quiet) == report
+
+
+def test_a_soup_that_was_interrupted_repeats_no_score(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    whole, cut = (
+        tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", soup=SoupSpec(compare=("pruned",)), settings=TrialSettings(seed=seed))
+        for seed in (1, 2)
+    )
+    for number, sweep in enumerate((whole, cut)):
+        finish_trials(ground, sweep, tmp_path / str(number), noise=0.05 + number / 100)
+
+    def stop(line: str) -> None:
+        if line.startswith("greedy of"):
+            raise ConnectionError("storage is gone")
+
+    with pytest.raises(ConnectionError):
+        cook(cut.id, say=stop)
+    found = cook(cut.id, say=quiet)
+    assert found.costs["greedy"].samples == 0 < cook(whole.id, say=quiet).costs["greedy"].samples
+    assert set(found.calibration) == {"best_single", "uniform", "greedy"}
+    assert all(one.after >= 0 and one.temperature > 0 for one in found.calibration.values())
+    assert "## Calibration and cost" in tracking.read_report_text(found, "card.md")
+
+
+def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
+    ground: Ground, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=4)
+    pool = gather(finish_trials(ground, sweep, tmp_path), sweep.init, tmp_path / "pool")
+    singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
+    decoded: list[bytes] = []
+    monkeypatch.setattr(pixel_store, "decode", lambda data: (decoded.append(data), decode(data))[1])
+    found = []
+    for devices in (["cpu"], ["cpu", "cpu"]):
+        decoded.clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{len(devices)}"))
+        kitchen = Kitchen(sweep, pool, devices)
+        found.append(_greedy(sweep, singles, kitchen, quiet))
+        assert all(stove.samples for stove in kitchen.stoves)
+        kitchen.scores(kitchen.soup(list(singles)))
+        assert len(decoded) == sum(len(split.labels) for split in kitchen.splits.values()) == 150
+    assert found[0] == found[1]

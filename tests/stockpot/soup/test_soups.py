@@ -17,6 +17,7 @@ from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes.averaging import CHUNK, _sample, average, first_non_finite
 from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins, right
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
+from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.recipes.weights import Weights, open_weights
 
 State = dict[str, Tensor]
@@ -289,6 +290,22 @@ def test_early_rejection_changes_no_decision_and_no_soup(
     assert all(quick.after.correct >= full.after.correct for quick, full in zip(fast, slow, strict=True))
     assert all(quick.after == full.after for quick, full in zip(fast, slow, strict=True) if quick.exact)
     assert all(step.exact for step in fast if step.kept)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 100_000), trials=st.integers(1, 9), spread=st.floats(0.1, 4), devices=st.integers(1, 4), passes=st.integers(1, 3)
+)
+def test_scoring_ahead_on_several_devices_is_the_sequential_result(
+    seed: int, trials: int, spread: float, devices: int, passes: int
+) -> None:
+    pool = Linear(seed, trials, 60, spread)
+    held_out = {trial: pool.score([trial]) for trial in pool.weights}
+    alone = greedy(held_out, pool.early(7), passes=passes, replacement=True)
+    with Speculation([pool.early(7)] * devices) as crowd:
+        assert greedy(held_out, crowd.score, passes=passes, replacement=True, ahead=crowd.ahead) == alone
+    if devices == 1:
+        assert crowd.wasted == 0
 
 
 def test_a_rejection_looks_at_little_more_than_its_floor() -> None:

@@ -1,0 +1,44 @@
+"""Guards: the curve's gains are differences of its points, a sweep that still doubles its gain goes on, and one that is flat stops."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stockpot.outcomes import Accuracy, MarginalPoint
+from stockpot.soup.marginal import curve, enough, expected_gain, sizes
+
+
+def points(*correct: int) -> tuple[MarginalPoint, ...]:
+    soups = [(2**power, Accuracy(correct=one, seen=1000)) for power, one in enumerate(correct)]
+    return curve(soups, [1800.0] * 2 ** len(correct))
+
+
+@given(trials=st.integers(1, 1000))
+def test_the_curve_doubles_and_ends_with_all_trials(trials: int) -> None:
+    found = sizes(trials)
+    assert found[-1] == trials
+    assert found[:-1] == [2**power for power in range(len(found) - 1)]
+    assert len(found) < 2 or found[-2] < trials <= 2 * found[-2]
+
+
+def test_gains_are_per_trial_and_per_accelerator_hour() -> None:
+    first, second, third = points(800, 820, 840)
+    assert (first.gain_per_trial, first.accelerator_hours) == (None, 0.5)
+    assert second.gain_per_trial == pytest.approx(0.02)
+    assert third.gain_per_trial == pytest.approx(0.01)
+    assert third.gain_per_hour == pytest.approx(0.02)
+
+
+def test_an_even_gain_a_doubling_is_expected_to_go_on() -> None:
+    assert expected_gain(points(800, 820, 840, 860)) == pytest.approx(0.02 * math.log2(9 / 8))
+    assert expected_gain(points(800, 850, 850, 850)) == 0.0
+    assert expected_gain(points(800)) is None
+
+
+def test_a_flat_sweep_stops_and_a_rising_one_does_not() -> None:
+    assert enough(points(800, 850, 851, 851), 0.001)
+    assert not enough(points(800, 820, 840, 860), 0.001)
+    assert not enough(points(800), 0.001)
+    assert not enough(points(800, 800, 800), None)
