@@ -1,6 +1,7 @@
 """The soup card: what a soup is made of, what it scored and how each ingredient was decided, as markdown for a run and a version page."""
 
 from stockpot.outcomes import Accuracy, GreedyStep, Scores, SoupReport
+from stockpot.soup.marginal import expected_gain
 
 
 def write(report: SoupReport) -> str:
@@ -13,6 +14,7 @@ def write(report: SoupReport) -> str:
         _decisions(report),
         _close_calls(report),
         _soupability(report),
+        _worth(report),
         _excluded(report),
         _facts(report),
     ]
@@ -99,6 +101,26 @@ def _soupability(report: SoupReport) -> str:
         sunk = (ends[trial].value + ends[report.best_single].value) / 2 - middle.value
         lines.append(f"- Half way to {trial}: {_percent(middle)} %, {100 * -sunk:+.2f} points against the mean of both ends.")
     return "## Soupability\n\n" + "\n".join(lines) if lines else ""
+
+
+def _worth(report: SoupReport) -> str:
+    """What more trials brought, and what the next one is expected to."""
+    if not report.marginal:
+        return ""
+    head = ["trials", "greedy on held_out, %", "accelerator hours", "points per trial", "points per hour"]
+    lines = [
+        _line(
+            [str(one.trials), _percent(one.held_out), f"{one.accelerator_hours:.3g}", _gain(one.gain_per_trial), _gain(one.gain_per_hour)]
+        )
+        for one in report.marginal
+    ]
+    expected = expected_gain(report.marginal)
+    told = "" if expected is None else f"\n\nOne more trial is expected to bring {100 * expected:.3f} points."
+    return "\n".join(["## What more trials brought\n", _line(head), _line(["---"] * len(head)), *lines]) + told
+
+
+def _gain(gain: float | None) -> str:
+    return "" if gain is None else f"{100 * gain:+.3f}"
 
 
 def _excluded(report: SoupReport) -> str:

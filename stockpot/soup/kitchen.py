@@ -154,7 +154,9 @@ class Kitchen:
         verdict, logits_NC = self._examine(dish, "held_out", order, need, stove)
         self._cache.put(key, verdict)
         if logits_NC is not None and verdict.accuracy.correct >= need:
-            self._soups = {soup: told for soup, told in self._soups.items() if len(soup) >= len(trials) - 1} | {tuple(trials): logits_NC}
+            self._soups[tuple(trials)] = logits_NC
+            for past in [soup for soup in list(self._soups) if len(soup) < len(trials) - 1]:
+                self._soups.pop(past, None)  # another device may have done it
         return verdict
 
     def scores(self, dish: Dish) -> Scores:

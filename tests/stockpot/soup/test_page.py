@@ -10,6 +10,7 @@ import pytest
 from stockpot.config import RetrainRequest, Sweep
 from stockpot.outcomes import Accuracy, AlphaPoint, ClassChange, GreedyStep, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, page, picture
+from stockpot.soup.marginal import curve
 from stockpot.sweeps import plan
 from tests.requests_for_tests import DATA, INIT, REQUEST
 
@@ -79,6 +80,7 @@ def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(swee
                 "steps": (*one.steps[:2], near),
                 "scores": one.scores | {"uniform": better},
                 "duplicates": ((ids[0], ids[1]),),
+                "marginal": curve([(1, score(188)), (2, score(190))], [3600.0, 3600.0]),
                 "midpoints": {ids[2]: score(180)},
             }
         )
@@ -87,4 +89,6 @@ def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(swee
     assert "Uniform has 191 of 200 on held_out, what ships 190 of 200" in text
     assert f"The same weights to the bit: {ids[0]}, {ids[1]}" in text
     assert f"Half way to {ids[2]}: 90.00 %, -5.00 points" in text
+    assert "| 2 | 95.00 | 2 | +1.000 | +1.000 |" in text
+    assert "One more trial is expected to bring 0.585 points." in text
     assert "Near misses" not in card.write(one)
