@@ -98,6 +98,8 @@ def _line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str]) -
     contents = [init.digest, *[kitchen.pool.candidates[trial].ingredient.weights_sha256 for trial in sorted(trials)]]
 
     def dish(alpha: float) -> Dish:
+        if alpha == 1:
+            return kitchen.soup(trials)  # to the bit; a weighted sum with a zero in it is rounded otherwise
         shares = coefficients(len(trials), alpha)
         return Dish(
             tuple(f"{share:.12g}*{content}" for share, content in zip(shares, contents, strict=True)), lambda: average(files, shares)

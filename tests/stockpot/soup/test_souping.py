@@ -135,7 +135,7 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
         assert points[0].scores == report.alphas["greedy"][0].scores
     assert all(len(row) == 3 for row in report.angles.values())
     assert set(report.midpoints) == {trial.id for trial in sweep.trials} - {report.best_single}
-    assert "Half way to" in tracking.read_report_text(report, "card.md")
+    assert "Half way to" in tracking.read_text(report.mlflow_run_id, "card.md")
     assert report.ingredients == tuple(step.trial_id for step in report.steps if step.kept)
 
 
@@ -170,7 +170,7 @@ def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from
     assert set(report.ingredients) == {trial.id for trial in sweep.trials} | set(report.origins)
     assert next(point.scores.held_out for point in report.trials if point.trial_id == old[0].trial_id) == old[0].held_out
     assert [point.trials for point in report.marginal] == [1, 2]
-    card = tracking.read_report_text(report, "card.md")
+    card = tracking.read_text(report.mlflow_run_id, "card.md")
     assert f"{old[0].trial_id} ({before.id})" in card
     assert f"torch {report.versions['torch']}" in card
     assert report.dtype == "float32"
@@ -195,7 +195,7 @@ def test_a_soup_that_was_interrupted_repeats_no_score(ground: Ground, ledger: st
     assert found.costs["greedy"].samples == 0 < cook(whole.id, say=quiet).costs["greedy"].samples
     assert set(found.calibration) == {"best_single", "uniform", "greedy"}
     assert all(one.after >= 0 and one.temperature > 0 for one in found.calibration.values())
-    assert "## Calibration and cost" in tracking.read_report_text(found, "card.md")
+    assert "## Calibration and cost" in tracking.read_text(found.mlflow_run_id, "card.md")
 
 
 def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
