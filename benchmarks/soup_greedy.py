@@ -24,9 +24,9 @@ import yaml
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pictures
 
-from deployments.demo.base import pretrain
 from deployments.demo.control import REQUEST
 from deployments.demo.digits import publish_digits
+from deployments.demo.pretraining import pretrain
 from stockpot.checkpoints import save_weights
 from stockpot.config import BaseSpec, InitSpec, SweepSpec
 from stockpot.data.shards import pixels

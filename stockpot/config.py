@@ -46,18 +46,46 @@ class DataSpec(Closed):
     )
 
 
+class Preprocess(Closed):
+    """How an image becomes a model's input. Evaluation: decode to RGB, resize on uint8 with antialiasing, centre crop; then
+    (x / 255 - mean) / std on the device. Its digest stands beside every accuracy."""
+
+    size: int = Field(ge=1, le=4096, description="Side of the square input, in pixels.")
+    mean: tuple[float, float, float] = Field(description="Subtracted from red, green and blue, which are between 0 and 1.")
+    std: tuple[float, float, float] = Field(description="What the difference is divided by, for red, green and blue.")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="How pixels are blended on resizing; most models' own.")
+    resize_mode: Literal["shortest", "squash"] = Field(
+        "shortest", description="Shorter side, or both sides, to `size / crop_fraction`; then the centre `size` by `size` is kept."
+    )
+    crop_fraction: float = Field(1.0, gt=0, le=1, description="Side of the centre crop as a share of the resized side.")
+
+    @property
+    def resized(self) -> int:
+        """The side, in pixels, that images are resized to before the crop."""
+        return round(self.size / self.crop_fraction)
+
+
 class BaseSpec(Closed):
     """The base model every trial starts from."""
 
     arch: str = Field(
         min_length=1,
         description="An open_clip architecture (`ViT-B-32`), the URI of an open_clip JSON config (which may name a timm image tower), or "
-        "`timm:NAME`, such as `timm:vit_base_patch16_224.augreg_in21k`, whose images are prepared as timm does for that name.",
+        "`timm:NAME`, such as `timm:vit_base_patch16_224.augreg_in21k`, whose images are prepared as timm does for that name; or your own "
+        "backbone, `package.module:name`, called without arguments.",
     )
     weights: str | None = Field(
         None,
         description="A pretrained tag of that architecture, or the URI of a state dict: safetensors, or torch's format, read without "
-        "running any of it. None: random weights.",
+        "running any of it. None: random weights, or what your own backbone comes with.",
+    )
+    preprocess: Preprocess | None = Field(
+        None, description="How images are prepared. None: as the architecture or the tag says; a backbone of your own says nothing."
+    )
+    text_tower: Literal["drop", "keep"] = Field(
+        "drop",
+        description="drop: the text tower builds the zero-shot head and stays behind. keep: it travels with every model, frozen, so that "
+        "the soup can still be asked about classes it was not trained on; each stored model is larger by it.",
     )
 
 
@@ -73,6 +101,9 @@ class InitSpec(Closed):
         ("a photo of a {}.",), min_length=1, description="Prompt templates, `{}` is the class name; their embeddings are averaged."
     )
     seed: int = Field(0, ge=0, description="Seeds a random head or random base weights.")
+    freeze_head: bool = Field(
+        False, description="Leave the head as it is and train the body alone, as soups across datasets need it of zero_shot heads."
+    )
 
     @model_validator(mode="after")
     def _templates_have_a_place(self) -> Self:
@@ -450,24 +481,14 @@ class RetrainRequest(Closed):
     release: ReleaseSpec = Field(default_factory=ReleaseSpec, description="The version.")
     fan_out: FanOutSpec = Field(default_factory=FanOutSpec, description="Workers, retries and deadlines.")
 
-
-class Preprocess(Closed):
-    """How an image becomes a model's input. Evaluation: decode to RGB, resize on uint8 with antialiasing, centre crop; then
-    (x / 255 - mean) / std on the device. Its digest stands beside every accuracy."""
-
-    size: int = Field(ge=1, le=4096, description="Side of the square input, in pixels.")
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    resize_mode: Literal["shortest", "squash"] = Field(
-        "shortest", description="Shorter side, or both sides, to `size / crop_fraction`; then the centre `size` by `size` is kept."
-    )
-    crop_fraction: float = Field(1.0, gt=0, le=1, description="Side of the centre crop as a share of the resized side.")
-
-    @property
-    def resized(self) -> int:
-        """The side, in pixels, that images are resized to before the crop."""
-        return round(self.size / self.crop_fraction)
+    @model_validator(mode="after")
+    def _text_needs_a_text_tower(self) -> Self:
+        if ":" in self.base.arch and "://" not in self.base.arch:
+            if self.init.head == "zero_shot":
+                raise ValueError(f"`{self.base.arch}` has no text tower for a zero_shot head; ask for the head linear_probe or random")
+            if self.base.text_tower == "keep":
+                raise ValueError(f"`{self.base.arch}` has no text tower to keep; leave `text_tower` at drop")
+        return self
 
 
 class PinnedSnapshot(Closed):
@@ -488,8 +509,8 @@ class PinnedData(Closed):
 class Init(Closed):
     """The shared initialisation: a folder in object storage with weights, model config and head."""
 
-    uri: Uri = Field(description="Folder holding `model.safetensors` and `model.json`.")
-    digest: str = Field(description="sha256 of the safetensors file: two trials are soupable only when this is equal.")
+    uri: Uri = Field(description="Folder holding `model.safetensors`, `model.json` and `fingerprint.json`.")
+    digest: str = Field(description="Of the weights and the model config: two trials are soupable only when this is equal.")
 
 
 class Trial(Closed):

@@ -32,8 +32,9 @@ async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
 
 def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     from stockpot.training.inits import prepare
-    from stockpot.training.rehearsal import rehearse
+    from stockpot.training.rehearsal import rehearse, require_same_classes
 
+    require_same_classes(data)
     init = prepare(request.base, request.init, data.snapshot, request.store)
     rehearse(request.sweep, init)
     return init

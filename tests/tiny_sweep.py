@@ -29,10 +29,11 @@ from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.data.splits import SplitSpec
-from stockpot.digests import canonical
+from stockpot.digests import digest
 from stockpot.evaluation import accuracy, features, logits
 from stockpot.ledger import tracking
 from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
 from stockpot.sweeps import plan
@@ -75,9 +76,8 @@ def lay_ground(folder: Path) -> Ground:
     )
     model, config = _init(data.snapshot)
     init_folder = folder / "init"
-    sha256 = save_weights(init_folder / "model.safetensors", model.state_dict())
-    (init_folder / "model.json").write_bytes(canonical(config))
-    return Ground(data=data, init=Init(uri=str(init_folder), digest=sha256), folder=str(folder))
+    identity = digest([write_model(init_folder, model), config])
+    return Ground(data=data, init=Init(uri=str(init_folder), digest=identity), folder=str(folder))
 
 
 def tiny_sweep(
@@ -121,9 +121,8 @@ def finish_trial(
     held_out = pixels(open_snapshot(sweep.data.snapshot), "held_out", config.preprocess)
     logits_NC = logits(model, held_out.images, config.preprocess)
     place = folder / f"trial-{index}"
-    save_weights(place / "model.safetensors", model.state_dict())
+    write_model(place, model)
     save_weights(place / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
-    (place / "model.json").write_bytes(canonical(config))
     (place / "card.json").write_text("{}")
     with tracking.TrialLog(sweep.trials[index]) as log:
         score = accuracy(logits_NC, held_out.labels)

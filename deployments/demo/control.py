@@ -20,8 +20,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from deployments.demo.base import pretrain
 from deployments.demo.digits import publish_digits
+from deployments.demo.pretraining import pretrain
 from stockpot.config import BaseSpec, InitSpec, Preprocess, SoupSpec, SweepSpec
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot, pin

@@ -125,7 +125,7 @@ def _prepare(uris: dict[str, Any], seed: int) -> tuple[str, str]:
     """Pre-train in a child process while the flows are deployed. Returns the URIs of the model config and its weights."""
     with ThreadPoolExecutor(1) as pool:
         deployed = pool.submit(deploy_all)
-        config, weights = _child("deployments.demo.base", uris["pretrain"], f"{BUCKET}/bases/digits-{seed}", str(seed)).split()[-2:]
+        config, weights = _child("deployments.demo.pretraining", uris["pretrain"], f"{BUCKET}/bases/digits-{seed}", str(seed)).split()[-2:]
         deployed.result()
     return config, weights
 

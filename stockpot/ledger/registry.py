@@ -10,6 +10,7 @@ import math
 import shutil
 import warnings
 from datetime import UTC, datetime
+from importlib.metadata import packages_distributions
 from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -252,23 +253,33 @@ def load(name: str) -> Any:
             raise RegistryError(f"The registry at {address()} has no {name}; `stockpot status` shows what was registered.") from error
 
 
-def signature() -> ModelSignature:
-    """One binary column `image` in, `top_k` as a parameter; a label, its probability and the `top_k` likeliest of both out."""
+def signature(config: dict[str, Any]) -> ModelSignature:
+    """One binary column `image` in, `top_k` as a parameter; a label, its probability and the `top_k` likeliest of both out.
+
+    A version with a text tower takes `labels` and `templates` too, and then answers about those.
+    """
     top = Array(Object([Property("label", DataType.string), Property("probability", DataType.double)]))
     outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability"), ColSpec(top, "top")])
-    inputs = Schema([ColSpec(DataType.binary, "image")])
-    return ModelSignature(inputs=inputs, outputs=outputs, params=ParamSchema([ParamSpec("top_k", DataType.long, 1)]))
+    texts = {"labels": [], "templates": ["a photo of a {}."]} if config.get("keep_text") else {}
+    params = [ParamSpec("top_k", DataType.long, 1), *(ParamSpec(name, DataType.string, value, (-1,)) for name, value in texts.items())]
+    return ModelSignature(inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=outputs, params=ParamSchema(params))
 
 
-def requirements() -> list[str]:
-    """What the served file imports, pinned to what is installed here (without a build's local suffix)."""
-    return [f"{name}=={installed(name).partition('+')[0]}" for name in SERVED_WITH]
+def requirements(config: dict[str, Any]) -> list[str]:
+    """What the served file imports for a model of that config, pinned to what is installed here (without a build's local suffix).
+
+    A backbone of the user's own brings the package it is imported from, if it was installed as one.
+    """
+    own = config["arch"]["name"].partition(":")[0].partition(".")[0] if config.get("kind") == "imported" else ""
+    names = (*SERVED_WITH, *packages_distributions().get(own, ()))
+    return [f"{name}=={installed(name).partition('+')[0]}" for name in names]
 
 
 def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str, torch_export: bool) -> Path:
     """The MLflow model directory. MLmodel records where its code came from, so the file is copied to a neutral place first."""
     code = scratch / "served_model.py"
     shutil.copyfile(SERVED_FILE, code)
+    config = json.loads((folder / "model.json").read_text())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input example.*")  # an image in every version, for a schema that is written above
         mlflow.pyfunc.save_model(
@@ -276,8 +287,8 @@ def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str, tor
             python_model=str(code),
             artifacts={"soup": str(folder)},
             mlflow_model=Model(model_id=model_id, run_id=mlflow_run_id),
-            signature=signature(),
-            pip_requirements=requirements(),
+            signature=signature(config),
+            pip_requirements=requirements(config),
         )
     if torch_export:
         _add_torch_flavour(scratch / "model", folder)

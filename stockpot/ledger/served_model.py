@@ -1,4 +1,4 @@
-"""The registered model, as MLflow runs it: this one file, `model.safetensors` and `model.json`. No pickle, nothing of Stockpot.
+"""The registered model, as MLflow runs it: this one file, the weights, their config and fingerprint. No pickle, nothing of Stockpot.
 
 It is executed in whatever process calls `mlflow.pyfunc.load_model`, so it imports only what the model's pinned requirements name.
 Decoding and preprocessing repeat `stockpot.data.images` rule by rule; a test holds the two together. Anything that is no real image is
@@ -7,6 +7,7 @@ refused.
 
 import base64
 import binascii
+import importlib
 import io
 import json
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 import timm
 import torch
 from mlflow.pyfunc import PythonModel
-from open_clip.model import _build_vision_tower
+from open_clip.model import _build_text_tower, _build_vision_tower
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -45,35 +47,49 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = build(config)
         self.model.load_state_dict(read_weights(folder / "model.safetensors"))
-        self.model.to(self.device).eval()
+        require_same_logits(self.model.eval(), json.loads((folder / "fingerprint.json").read_text())["logits"], self.preprocess["size"])
+        self.model.to(self.device)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002  (mlflow reads hints as a schema)
         """Per image its `label` and `probability`, and `top`: the `top_k` likeliest classes as `{"label", "probability"}`, best first.
 
         Column `image`: encoded bytes, or their base64. params: `top_k`, at least 1; more than there are classes means all of them.
+        `labels` asks about these classes instead of those trained on, through `templates`, by the text tower if it was kept.
         Raises ValueError for anything else, naming the row.
         """
-        values, top_k = column(model_input), (params or {}).get("top_k", 1)
+        given = params or {}
+        values, top_k, classes, head = column(model_input), given.get("top_k", 1), self.classes, self.model.head
         if top_k < 1:
             raise ValueError(f"found top_k {top_k}; needed: 1 or more")
+        if labels := list(given.get("labels", ())):
+            classes, head = labels, self.head_for(labels, list(given.get("templates", ["a photo of a {}."])))
         answers = []
         for start in range(0, len(values), BATCH):  # decoded batch by batch: pixels take far more memory than files
             images = [self._transformed(image(value, start + row)) for row, value in enumerate(values[start : start + BATCH])]
-            likely = self.logits(torch.stack(images)).softmax(dim=1).topk(min(top_k, len(self.classes)), dim=1)
-            answers += [self._answer(*row) for row in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)]
+            likely = self.logits(torch.stack(images), head).softmax(dim=1).topk(min(top_k, len(classes)), dim=1)
+            answers += [_answer(classes, *row) for row in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)]
         return answers
 
-    def _answer(self, places: list[int], probabilities: list[float]) -> dict[str, Any]:
-        top = [{"label": self.classes[place], "probability": share} for place, share in zip(places, probabilities, strict=True)]
-        return {**top[0], "top": top}
-
     @torch.inference_mode()
-    def logits(self, pixels_B3SS: Tensor) -> Tensor:
-        """uint8 preprocessed pixels to float32 logits (B, C) on the CPU."""
+    def logits(self, pixels_B3SS: Tensor, head: nn.Module | None = None) -> Tensor:
+        """uint8 preprocessed pixels to float32 logits (B, C) on the CPU, by the model's own head or another."""
         mean = torch.tensor(self.preprocess["mean"], device=self.device).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.preprocess["std"], device=self.device).view(1, 3, 1, 1) * 255
-        logits_BC: Tensor = self.model((pixels_B3SS.to(self.device).float() - mean) / std)
+        features_BD = self.model.features((pixels_B3SS.to(self.device).float() - mean) / std)
+        logits_BC: Tensor = (head or self.model.head)(features_BD)
         return logits_BC.float().cpu()
+
+    @torch.inference_mode()
+    def head_for(self, labels: list[str], templates: list[str]) -> nn.Linear:
+        """A zero-shot head over these labels. Raises ValueError where the text tower was dropped or a template has no `{}`."""
+        if self.model.text is None:
+            raise ValueError("this version has no text tower, so it knows its own classes only; retrain with `text_tower: keep`")
+        if not templates or not all("{}" in template for template in templates):
+            raise ValueError("every template needs `{}` for the label, as in 'a photo of a {}.'")
+        weight_CD = self.model.text.zero_shot_head(labels, templates, self.device)
+        head = nn.Linear(weight_CD.shape[1], len(labels), bias=False, device=self.device)
+        head.weight.copy_(weight_CD)
+        return head
 
     def _transformed(self, image_3HW: Tensor) -> Tensor:
         size: int = self.preprocess["size"]
@@ -89,16 +105,39 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
 class Classifier(nn.Module):
     """Image tower, features (of unit length for CLIP), linear head."""
 
-    def __init__(self, body: nn.Module, features: int, classes: int, *, unit: bool) -> None:
+    def __init__(self, body: nn.Module, features: int, classes: int, *, unit: bool, text: "TextTower | None" = None) -> None:
         super().__init__()
         self.body = body
         self.head = nn.Linear(features, classes)
         self.unit = unit
+        self.text = text
+
+    def features(self, images_B3SS: Tensor) -> Tensor:
+        features_BD: Tensor = self.body(images_B3SS)
+        return functional.normalize(features_BD, dim=-1) if self.unit else features_BD
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
-        features_BD = self.body(images_B3SS)
-        logits_BC: Tensor = self.head(functional.normalize(features_BD, dim=-1) if self.unit else features_BD)
+        logits_BC: Tensor = self.head(self.features(images_B3SS))
         return logits_BC
+
+
+class TextTower(nn.Module):
+    """Class names to head weights: `stockpot.models.clip`, repeated."""
+
+    def __init__(self, arch: dict[str, Any]) -> None:
+        super().__init__()
+        self.text_cfg = dict(arch["text_cfg"])
+        self.encoder: nn.Module = _build_text_tower(arch["embed_dim"], self.text_cfg, arch.get("quick_gelu", False))
+        self.logit_scale = nn.Parameter(torch.zeros([1] if arch.get("nonscalar_logit_scale") else []))
+
+    def zero_shot_head(self, labels: list[str], templates: list[str], device: str) -> Tensor:
+        name, length = self.text_cfg.get("hf_tokenizer_name"), self.text_cfg.get("context_length", 77)
+        tokenizer = HFTokenizer(name, context_length=length) if name else SimpleTokenizer(context_length=length)
+        rows = []
+        for label in labels:
+            texts_TD = functional.normalize(self.encoder(tokenizer([one.format(label) for one in templates]).to(device)).float(), dim=-1)
+            rows.append(functional.normalize(texts_TD.mean(dim=0), dim=0))
+        return torch.stack(rows) * self.logit_scale.exp()
 
 
 class FromPixels(nn.Module):
@@ -134,11 +173,34 @@ def build(config: dict[str, Any]) -> Classifier:
     kind, arch = config["kind"], config["arch"]
     if kind == "open_clip":
         body = _build_vision_tower(arch["embed_dim"], dict(arch["vision_cfg"]), arch.get("quick_gelu", False))
-        return Classifier(body, arch["embed_dim"], len(config["classes"]), unit=True)
+        return Classifier(
+            body, arch["embed_dim"], len(config["classes"]), unit=True, text=TextTower(arch) if config.get("keep_text") else None
+        )
     if kind == "timm":
         body = timm.create_model(arch["name"], pretrained=False, num_classes=0)
         return Classifier(body, body.head_hidden_size, len(config["classes"]), unit=False)
-    raise ValueError(f"this model file builds open_clip and timm classifiers, model.json says {kind!r}")
+    if kind == "imported":
+        module, _, name = arch["name"].partition(":")
+        return Classifier(getattr(importlib.import_module(module), name)(), arch["features"], len(config["classes"]), unit=False)
+    raise ValueError(f"this model file builds open_clip, timm and imported classifiers, model.json says {kind!r}")
+
+
+@torch.inference_mode()
+def require_same_logits(model: Classifier, stored: list[list[float]], side: int) -> None:
+    """Raises ValueError unless the model says about fixed noise what it said when it was stored: `stockpot.models.folders`, repeated."""
+    noise = np.random.default_rng(2203).integers(0, 256, (len(stored), 3, side, side), np.uint8)
+    before, now = torch.tensor(stored), model(torch.from_numpy(noise).float() / 127.5 - 1)
+    apart = float((before - now).abs().max() / before.abs().max().clamp(min=1e-12))
+    if not apart <= 1e-4:
+        raise ValueError(
+            f"the loaded model is not the registered one: its logits differ from the stored ones by {apart:.1e} of the largest, 1e-4 is "
+            "allowed; install the versions in requirements.txt, and leave model.json as it was registered"
+        )
+
+
+def _answer(classes: list[str], places: list[int], probabilities: list[float]) -> dict[str, Any]:
+    top = [{"label": classes[place], "probability": share} for place, share in zip(places, probabilities, strict=True)]
+    return {**top[0], "top": top}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

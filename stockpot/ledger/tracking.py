@@ -44,7 +44,7 @@ from stockpot.outcomes import Accuracy, Ingredient, SoupReport, SweepSummary
 __all__ = ["TrialLog", "check_server", "close_sweep", "fetch_ingredient", "find_ingredient", "find_ingredients", "list_sweeps",
            "open_sweep", "read_report", "read_sweep", "record_report"]  # fmt: skip
 
-INGREDIENT_FILES = ("model.safetensors", "held_out.safetensors", "card.json", "model.json")
+INGREDIENT_FILES = ("model.safetensors", "held_out.safetensors", "card.json", "model.json", "fingerprint.json")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from stockpot.config import BaseSpec, Preprocess
-from stockpot.models import clip, timm_towers
+from stockpot.errors import ModelError
+from stockpot.models import clip, imported, timm_towers
 from stockpot.models.classifier import Kind, ModelConfig
 from stockpot.models.clip import TextTower
+from stockpot.models.naming import is_uri
+
+DOORS: dict[Kind, Any] = {"open_clip": clip, "timm": timm_towers, "imported": imported}
+"""Each has `describe`, a base to its arch and preprocessing, and `load`, these to the image tower's weights and a text tower or None."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,18 @@ class Base:
     """The image tower's weights, under its own names."""
     text: TextTower | None
 
-    def config(self, classes: tuple[str, ...]) -> ModelConfig:
+    def config(self, classes: tuple[str, ...], *, keep_text: bool = False, frozen_head: bool = False) -> ModelConfig:
         """The config of its classifier over these classes."""
-        return ModelConfig(kind=self.kind, arch=self.arch, preprocess=self.preprocess, classes=classes)
+        return ModelConfig(
+            kind=self.kind, arch=self.arch, preprocess=self.preprocess, classes=classes, keep_text=keep_text, frozen_head=frozen_head
+        )
 
-    def body_state(self) -> dict[str, Tensor]:
-        """The image tower's weights under the names of a `Classifier`."""
-        return {f"body.{name}": tensor for name, tensor in self.tower.items()}
+    def state(self, config: ModelConfig) -> dict[str, Tensor]:
+        """The weights of a classifier of that config, less the head."""
+        state = {f"body.{name}": tensor for name, tensor in self.tower.items()}
+        if config.keep_text and self.text is not None:
+            state |= {f"text.{name}": tensor for name, tensor in self.text.state_dict().items()}
+        return state
 
 
 def load_base(base: BaseSpec, *, seed: int = 0) -> Base:
@@ -37,11 +47,23 @@ def load_base(base: BaseSpec, *, seed: int = 0) -> Base:
 
     Raises `ModelError` for an unknown architecture or tag (nearest names offered) and for weights of another shape.
     """
-    if base.arch.startswith(timm_towers.PREFIX):
-        arch, preprocess = timm_towers.describe(base)
-        torch.manual_seed(seed)
-        return Base("timm", arch, preprocess, timm_towers.load(base, arch), None)
-    arch, preprocess = clip.describe(base)
+    kind, arch, preprocess = _described(base)
     torch.manual_seed(seed)
-    tower, text = clip.load(base, arch)
-    return Base("open_clip", arch, preprocess, tower, text)
+    tower, text = DOORS[kind].load(base, arch)
+    return Base(kind, arch, preprocess, tower, text)
+
+
+def _described(base: BaseSpec) -> tuple[Kind, dict[str, Any], Preprocess]:
+    kind = _kind(base)
+    arch, own = DOORS[kind].describe(base)
+    if base.preprocess and base.preprocess.size != own.size:
+        raise ModelError(
+            f"`{base.arch}` takes {own.size} x {own.size} pixels, `preprocess` says {base.preprocess.size}; write `size: {own.size}`."
+        )
+    return kind, arch, base.preprocess or own
+
+
+def _kind(base: BaseSpec) -> Kind:
+    if base.arch.startswith(timm_towers.PREFIX):
+        return "timm"
+    return "imported" if ":" in base.arch and not is_uri(base.arch) else "open_clip"

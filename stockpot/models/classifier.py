@@ -1,4 +1,5 @@
 """One `Classifier` for every origin: an image tower (`body.*`), a linear head (`head.weight`, `head.bias`).
+A CLIP model may keep its text tower (`text.*`), frozen: then it can still be asked about classes it was not trained on.
 
 The whole config, activation included, travels with the weights as JSON, because weights alone do not say what they compute (OpenAI's need
 QuickGELU, which is part of no tensor's name).
@@ -6,18 +7,27 @@ QuickGELU, which is part of no tensor's name).
 
 # B batch, C classes, D features, H height, W width
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stockpot.config import Closed, Preprocess
-from stockpot.models import clip, timm_towers
+from stockpot.errors import ModelError
+from stockpot.models import clip, imported, timm_towers
+from stockpot.models.clip import TextTower
+from stockpot.models.loading import load_state
 
-Kind = Literal["open_clip", "timm"]
+Kind = Literal["open_clip", "timm", "imported"]
 
-TOWERS: dict[Kind, Callable[[dict[str, Any]], tuple[nn.Module, int]]] = {"open_clip": clip.tower, "timm": timm_towers.tower}
+TOWERS: dict[Kind, Callable[[dict[str, Any]], tuple[nn.Module, int]]] = {
+    "open_clip": clip.tower,
+    "timm": timm_towers.tower,
+    "imported": imported.tower,
+}
 """Kind to what builds its image tower: (arch) to (the tower, its number of features)."""
 
 
@@ -28,6 +38,8 @@ class ModelConfig(Closed):
     arch: dict[str, Any]
     preprocess: Preprocess
     classes: tuple[str, ...]
+    keep_text: bool = Field(False, description="Whether the text tower travels along.")
+    frozen_head: bool = Field(False, description="Whether training leaves the head as it is.")
 
 
 class Classifier(nn.Module):
@@ -40,7 +52,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.body, width = TOWERS[config.kind](config.arch)
-        self.head = nn.Linear(width, len(config.classes))
+        self.head = nn.Linear(width, len(config.classes)).requires_grad_(not config.frozen_head)
+        self.text = TextTower(config.arch) if config.keep_text else None
 
     def features(self, images_B3HW: Tensor) -> Tensor:
         """What the head sees: (B, D)."""
@@ -50,6 +63,15 @@ class Classifier(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         logits_BC: Tensor = self.head(self.features(images_B3HW))
         return logits_BC
+
+    def for_classes(self, classes: Sequence[str], templates: Sequence[str]) -> "Classifier":
+        """The same image tower asked about other classes by name: zero-shot. Raises `ModelError` where the text tower was dropped."""
+        if self.text is None:
+            raise ModelError("The model has no text tower to read class names with; train it with `text_tower: keep`.")
+        twin = Classifier(self.config.model_copy(update={"classes": tuple(classes)}))
+        head = {"head.weight": self.text.zero_shot_head(classes, templates), "head.bias": torch.zeros(len(classes))}
+        load_state(twin, self.state_dict() | head)
+        return twin
 
 
 def build(config: ModelConfig) -> Classifier:

@@ -8,8 +8,7 @@ import math
 from typing import Any
 
 import timm
-import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from stockpot.config import BaseSpec, Preprocess
@@ -44,14 +43,14 @@ def describe(base: BaseSpec) -> tuple[dict[str, Any], Preprocess]:
     return {"name": full}, _preprocess(full)
 
 
-def load(base: BaseSpec, arch: dict[str, Any]) -> dict[str, Tensor]:
-    """The tower's weights: published ones, those at an address, or random ones."""
+def load(base: BaseSpec, arch: dict[str, Any]) -> tuple[dict[str, Tensor], None]:
+    """The tower's weights: published ones, those at an address, or random ones. There is no text tower."""
     if base.weights is None:
-        return tower(arch)[0].state_dict()
+        return tower(arch)[0].state_dict(), None
     if is_uri(base.weights):
         body = tower(arch)[0]
         load_state(body, _without_classifier(fetch_state(base.weights), body))
-        return body.state_dict()
+        return body.state_dict(), None
     try:
         published: nn.Module = timm.create_model(arch["name"], pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
@@ -59,7 +58,7 @@ def load(base: BaseSpec, arch: dict[str, Any]) -> dict[str, Tensor]:
             f"The weights of `{PREFIX}{arch['name']}` cannot be fetched ({str(error).splitlines()[0]}); give their address as `weights` "
             "(s3://, file:// or a path), or open the way to the hub."
         ) from error
-    return published.state_dict()
+    return published.state_dict(), None
 
 
 def _without_classifier(state: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
@@ -70,9 +69,8 @@ def _without_classifier(state: dict[str, Tensor], body: nn.Module) -> dict[str, 
 
 
 def _preprocess(name: str) -> Preprocess:
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, num_classes=0)
-    found = resolve_model_data_config(model)
+    published = timm.models.get_pretrained_cfg(name)
+    found = resolve_data_config(pretrained_cfg=published.to_dict()) if published else resolve_data_config({"img_size": 224})
     channels, height, width = found["input_size"]
     if channels != 3 or height != width or found["crop_mode"] == "border":
         raise ModelError(

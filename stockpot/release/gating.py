@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stockpot.checkpoints import load_weights
 from stockpot.config import GateSpec, PinnedSnapshot, Sweep
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import logits
-from stockpot.models.classifier import ModelConfig, build
-from stockpot.models.loading import load_state
+from stockpot.models.classifier import ModelConfig
+from stockpot.models.folders import read_model
 from stockpot.outcomes import ModelVersion
 from stockpot.release.judging import Answers, Contender, Evidence, Side, incomparable
 from stockpot.soup.statistics import calibration_error, right
@@ -51,9 +50,8 @@ class _Taster:
     """One version, loaded."""
 
     def __init__(self, folder: Path) -> None:
-        self._config = _config(folder)
-        self._model = build(self._config)
-        load_state(self._model, load_weights(folder / "model.safetensors"))
+        self._model = read_model(folder)
+        self._config = self._model.config
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def logits(self, pinned: PinnedSnapshot, split: str) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stockpot.checkpoints import load_weights
 from stockpot.config import MixingSpec, Sweep
 from stockpot.data.node_cache import cache_root
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.data.splits import point
 from stockpot.digests import digest
+from stockpot.errors import ModelError
 from stockpot.evaluation import normalise
 from stockpot.models.classifier import Classifier, build
+from stockpot.models.folders import check_fingerprint, write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, Cost, Scores
 from stockpot.soup.recipes.averaging import average
@@ -57,6 +61,12 @@ class Stove:
     loaded: tuple[str, ...] = ()
     samples: int = 0
     """Forward passes of one sample so far."""
+
+    def hold(self, dish: Dish) -> None:
+        """Put the dish's weights into the model, unless they are in it."""
+        if dish.identity != self.loaded:
+            load_state(self.model, dish.make())
+            self.loaded = dish.identity
 
 
 class Kitchen:
@@ -176,11 +186,26 @@ class Kitchen:
         """A dish on every shift suite."""
         return {name: self.accuracy(dish, _suite(name)) for name in self.suites}
 
+    def check_reload(self, trial: str) -> str | None:
+        """Why a candidate, loaded again, is not the model its trial stored; None when it is."""
+        stove, weights = self.stoves[0], self.pool.candidates[trial].weights.path
+        stove.loaded = ()
+        try:
+            load_state(stove.model, load_weights(weights))
+            check_fingerprint(stove.model, weights.parent)
+        except ModelError as error:
+            return str(error)
+        return None
+
+    def store(self, dish: Dish, folder: Path) -> str:
+        """Write a dish as a model of its own; returns the sha256 of its weights."""
+        stove = self.stoves[0]
+        stove.hold(dish)
+        return write_model(folder, stove.model)
+
     def _examine(self, dish: Dish, split: str, order: Tensor, need: int, stove: Stove | None = None) -> tuple[Verdict, Tensor | None]:
         stove = stove or self.stoves[0]
-        if dish.identity != stove.loaded:
-            load_state(stove.model, dish.make())
-            stove.loaded = dish.identity
+        stove.hold(dish)
         seen = self.splits[split]
         block = block_size(len(seen.labels))
 

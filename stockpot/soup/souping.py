@@ -86,7 +86,10 @@ def _rescored(pool: Pool, kitchen: Kitchen, sweep: Sweep) -> Pool:
 def _trusted(pool: Pool, kitchen: Kitchen) -> Pool:
     """The pool without candidates whose recorded accuracy does not follow from their logits."""
     held_out = kitchen.splits["held_out"]
-    doubts = {trial: check_accuracy(one, held_out.labels, held_out.transform_digest) for trial, one in pool.candidates.items()}
+    doubts = {
+        trial: check_accuracy(one, held_out.labels, held_out.transform_digest) or kitchen.check_reload(trial)
+        for trial, one in pool.candidates.items()
+    }
     return pool.without({trial: reason for trial, reason in doubts.items() if reason})
 
 
@@ -104,13 +107,12 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
     for name, trials in recipes.items():
         say(f"{name.replace('_', ' ')} of {len(trials)}: held_out {scores[name].held_out.value:.4f}")
     compared = compare(kitchen, sweep.init, recipes, sweep.request.soup, folder) if sweep.request.soup.compare else Comparison()
-    (folder / "soup").mkdir()
     report = SoupReport(
         sweep_id=sweep.id,
         model=sweep.request.model,
         mlflow_run_id="",
         recipe=wanted,
-        soup_sha256=save_weights(folder / "soup" / "model.safetensors", dish.make()),
+        soup_sha256=kitchen.store(dish, folder / "soup"),
         init_digest=sweep.init.digest,
         transform_digest=kitchen.splits["held_out"].transform_digest,
         best_single=best,
@@ -219,7 +221,6 @@ def _record(report: SoupReport, sweep: Sweep, pool: Pool, gate_logits: dict[str,
         "dtype": report.dtype,
         "shares": report.shares,
     }
-    (soup / "model.json").write_bytes(canonical(pool.config))
     (soup / "recipe.json").write_bytes(canonical(recipe))
     run = tracking.open_soup_run(report.model, report.sweep_id)
     export = sweep.request.release.torch_export

@@ -128,11 +128,13 @@ class Imported:
     def found(self) -> "Imported":
         """This one, after a look whether it can be imported."""
         try:
-            assert callable(self._function)
+            function = self._function
         except (ImportError, AttributeError, ValueError) as error:
             raise BadRequest(
                 f"The augmentation `{self.name}` cannot be imported ({error}); it must be installed where the trial runs."
             ) from error
+        if not callable(function):
+            raise BadRequest(f"The augmentation `{self.name}` is a value of type {type(function).__name__}; name a function.")
         return self
 
     @property

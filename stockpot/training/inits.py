@@ -1,6 +1,7 @@
 """The shared initialisation of a sweep: one body and one head, built once, hashed and stored. Only models with one init may be averaged.
 
-An init is found by its key, the digest of (base, init spec, snapshot). `{store}/inits/{key}/init.json` is the commit marker: it is
+An init is found by its key, the digest of (base, what lies behind its addresses, init spec, snapshot); its identity is that of its
+weights and config. `{store}/inits/{key}/init.json` is the commit marker: it is
 created once, last, and names the folder that holds the weights under their own digest. Two builders at once therefore agree.
 """
 
@@ -16,16 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from stockpot import storage
-from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import BaseSpec, Init, InitSpec, PinnedSnapshot
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical, digest, file_digest
-from stockpot.errors import ModelError, ObjectExists
+from stockpot.errors import ModelError, ObjectExists, ObjectMissing
 from stockpot.evaluation import features
 from stockpot.models.bases import Base, load_base
 from stockpot.models.classifier import Classifier, ModelConfig, build
+from stockpot.models.folders import FILES, read_model, write_model
 from stockpot.models.loading import load_state
+from stockpot.models.naming import is_uri
 
 PROBE_SD = 10.0
 """Standard deviation of the Gaussian prior around the starting head, which makes the probe's optimum unique where classes are separable.
@@ -41,16 +43,16 @@ def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str
 
     Raises `ModelError` for a base that cannot be built, a zero-shot head without a text tower, and a probe that does not converge.
     """
-    root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest])[:12]}"
+    root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest, _contents(base)])[:12]}"
     if storage.exists(f"{root}/init.json"):
         return _committed(root)
-    config, classifier = _build(base, spec, snapshot)
-    with TemporaryDirectory(prefix="stockpot-init-") as folder:
-        path = Path(folder) / "model.safetensors"
-        sha256 = save_weights(path, classifier.state_dict())
-        init = Init(uri=f"{root}/{sha256[:12]}", digest=sha256)
-        storage.upload(path, f"{init.uri}/model.safetensors")
-    storage.write_bytes(f"{init.uri}/model.json", canonical(config))
+    classifier = _build(base, spec, snapshot)
+    with TemporaryDirectory(prefix="stockpot-init-") as name:
+        folder = Path(name)
+        identity = digest([write_model(folder, classifier), classifier.config])
+        init = Init(uri=f"{root}/{identity[:12]}", digest=identity)
+        for file in FILES:
+            storage.upload(folder / file, f"{init.uri}/{file}")
     try:
         storage.write_bytes(f"{root}/init.json", canonical(init), create=True)
     except ObjectExists:
@@ -59,31 +61,54 @@ def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str
 
 
 def fetch(init: Init) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and weights of an init. Raises `ModelError` when the stored weights are not the ones the init was made of."""
-    config = ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json"))
-    with TemporaryDirectory(prefix="stockpot-init-") as folder:
-        path = Path(folder) / "model.safetensors"
-        storage.download(f"{init.uri}/model.safetensors", path)
-        found = file_digest(path)
+    """The config and weights of an init, examined as `load` does."""
+    model = load(init)
+    return model.config, model.state_dict()
+
+
+def load(init: Init) -> Classifier:
+    """The model of an init, on the CPU.
+
+    Raises `ModelError` when weights or config are not those the init was made of, or it no longer computes the logits stored with them.
+    """
+    with TemporaryDirectory(prefix="stockpot-init-") as name:
+        folder = Path(name)
+        for file in FILES:
+            storage.download(f"{init.uri}/{file}", folder / file)
+        found = digest([file_digest(folder / "model.safetensors"), ModelConfig.model_validate_json((folder / "model.json").read_bytes())])
         if found != init.digest:
             raise ModelError(
-                f"The init at {init.uri} has sha256 {found[:12]}, the trial was drawn for {init.digest[:12]}. "
-                "Restore the object, or start a new sweep from a new init."
+                f"The init at {init.uri} has digest {found[:12]}, the trial was drawn for {init.digest[:12]}: its weights or its config "
+                "(activation included) were changed. Restore the objects, or start a new sweep from a new init."
             )
-        return config, load_weights(path)
+        return read_model(folder)
+
+
+def _contents(base: BaseSpec) -> list[str]:
+    """What lies behind the base's addresses now, by size and etag: new weights at an old address are another base."""
+    found = []
+    for uri in filter(None, (base.arch, base.weights)):
+        if is_uri(uri):
+            stored = [one for one in storage.list_prefix(uri) if one.uri == uri]
+            if not stored:
+                raise ObjectMissing(f"The base model needs {uri}, and nothing is stored there; check the address, or put the file there.")
+            found.append(f"{stored[0].size} {stored[0].etag}")
+    return found
 
 
 def _committed(root: str) -> Init:
     return Init.model_validate(json.loads(storage.read_bytes(f"{root}/init.json")))
 
 
-def _build(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot) -> tuple[ModelConfig, Classifier]:
+def _build(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot) -> Classifier:
     classes = open_snapshot(snapshot).classes
     loaded = load_base(base, seed=spec.seed)
-    config = loaded.config(classes)
+    if base.text_tower == "keep" and loaded.text is None:
+        raise ModelError(f"`{base.arch}` has no text tower to keep; leave `text_tower` at drop.")
+    config = loaded.config(classes, keep_text=base.text_tower == "keep", frozen_head=spec.freeze_head)
     classifier = build(config)
     weight_CD, bias_C = _start(loaded, base, spec, classifier)
-    load_state(classifier, {**loaded.body_state(), "head.weight": weight_CD, "head.bias": bias_C})
+    load_state(classifier, {**loaded.state(config), "head.weight": weight_CD, "head.bias": bias_C})
     if spec.head == "linear_probe":
         split = pixels(open_snapshot(snapshot), "train", config.preprocess)
         features_ND = features(classifier, split.images, config.preprocess)
@@ -91,7 +116,7 @@ def _build(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot) -> tuple[Mo
         weight_CD, bias_C = linear_probe(features_ND / unit, np.asarray(split.labels), weight_CD, bias_C)
         weight_CD /= unit
         classifier.head.load_state_dict({"weight": weight_CD, "bias": bias_C})
-    return config, classifier
+    return classifier
 
 
 def _start(loaded: Base, base: BaseSpec, spec: InitSpec, classifier: Classifier) -> tuple[Tensor, Tensor]:

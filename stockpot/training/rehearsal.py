@@ -4,7 +4,8 @@ Ignores names of the user's own (`package.module:name`): they need to be install
 """
 
 from stockpot import storage
-from stockpot.config import Init, SweepSpec
+from stockpot.config import Init, PinnedData, SweepSpec
+from stockpot.data.snapshots import open_snapshot
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.sweeps import draw
 from stockpot.training.augmentation import augmentation
@@ -25,3 +26,10 @@ def rehearse(spec: SweepSpec, init: Init) -> None:
         augmentation(name, config.preprocess)
     for settings in {one.loss: one for one in drawn if ":" not in one.loss}.values():
         loss_function(settings)
+
+
+def require_same_classes(data: PinnedData) -> None:
+    """Raises `SnapshotBroken` for a test or shift snapshot whose classes are not those of the training data."""
+    classes = open_snapshot(data.snapshot).classes
+    for pinned in filter(None, (data.test, *data.shifts.values())):
+        open_snapshot(pinned).require_classes(classes)

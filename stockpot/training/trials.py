@@ -22,6 +22,7 @@ from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
 from stockpot.models.classifier import Classifier, build
+from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
 from stockpot.training import inits
@@ -106,10 +107,9 @@ def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
 
 
 def _write_ingredient(folder: Path, trial: Trial, ema_decay: float, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:
-    """The four files of an ingredient: weights, per-sample held-out logits, model config and card."""
-    sha256 = save_weights(folder / "model.safetensors", model.state_dict())
+    """The five files of an ingredient: weights, model config, fingerprint, per-sample held-out logits and card."""
+    sha256 = write_model(folder, model)
     save_weights(folder / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
-    (folder / "model.json").write_bytes(canonical(model.config))
     card: dict[str, Any] = {
         "trial": trial,
         "ema_decay": ema_decay,

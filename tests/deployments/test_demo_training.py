@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from deployments.demo import augment
-from deployments.demo.base import caption, contrast
+from deployments.demo import augment, pretraining
 from deployments.demo.control import RESULT, SCHEDULES, SEEDS, summary
 from deployments.demo.digits import CLASSES
+from deployments.demo.pretraining import caption, contrast
+from tests.tiny_data import publish_tiny
 
 
 def test_captions_are_as_noisy_as_stated():
@@ -21,6 +22,20 @@ def test_captions_are_as_noisy_as_stated():
         said["right" if "seven" in text else "parity" if "odd digit" in text else "wrong"] += 1
     assert said["parity"] / 4000 == pytest.approx(0.50, abs=0.03)
     assert said["wrong"] / 4000 == pytest.approx(0.15 * 0.9, abs=0.03)
+
+
+def test_a_base_is_found_by_what_decides_it(node, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(pretraining, "train", lambda pinned, seed: trained.append(seed) or torch.nn.Linear(2, 2))
+    data = {"pretrain": publish_tiny(f"{tmp_path}/data", splits="train").uri}
+    first = pretraining.pretrain(data, f"{tmp_path}/bases", 1)
+    assert pretraining.pretrain(data, f"{tmp_path}/bases", 1) == first
+    assert trained == [1]
+    monkeypatch.setattr(pretraining, "RECIPE", [*pretraining.RECIPE, "another"])
+    assert pretraining.pretrain(data, f"{tmp_path}/bases", 1) == first  # the address stays, as requests name it; what lies there is new
+    assert trained == [1, 1]
+    pretraining.pretrain(data, f"{tmp_path}/bases", 2)
+    assert trained == [1, 1, 2]
 
 
 def test_contrast_is_lowest_where_pairs_agree():

@@ -5,23 +5,25 @@ import ast
 import base64
 import io
 import sys
+import warnings
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from stockpot.checkpoints import save_weights
 from stockpot.data.images import decode, eval_transform
 from stockpot.digests import canonical
 from stockpot.evaluation import logits
 from stockpot.ledger import registry, served_model
 from stockpot.models.classifier import ModelConfig, build
+from stockpot.models.folders import write_model
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, png
 
 
@@ -35,8 +37,7 @@ def served(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
     torch.manual_seed(3)
     model = build(config)
     folder = tmp_path_factory.mktemp("soup")
-    save_weights(folder / "model.safetensors", model.state_dict())
-    (folder / "model.json").write_bytes(canonical(config))
+    write_model(folder, model)
     soup = served_model.Soup()
     soup.load_context(SimpleNamespace(artifacts={"soup": str(folder)}))
     return soup, model
@@ -103,6 +104,42 @@ def test_a_row_of_a_later_batch_is_named_by_its_place(served: tuple[served_model
         served[0].predict(None, [*[{"image": png(0, 0)}] * 3, {"image": 1}])
 
 
+def test_a_kept_text_tower_answers_about_other_labels(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    arch = {**ARCH, "text_cfg": text}
+    model = build(ModelConfig(kind="open_clip", arch=arch, preprocess=PREPROCESS, classes=CLASSES, keep_text=True))
+    with torch.no_grad():
+        model.text.logit_scale.fill_(3.0)
+    write_model(tmp_path / "soup", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        registry._package(tmp_path, tmp_path / "soup", "m-0", "0" * 32, torch_export=False)
+        loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    images, labels, templates = [png(seed, seed % 3) for seed in range(6)], ["lion", "bear"], ["a photo of a {}.", "a {}"]
+    answers = loaded.predict([{"image": data} for data in images], params={"labels": labels, "templates": templates})
+    pixels = torch.stack([eval_transform(decode(data), PREPROCESS) for data in images])
+    wanted = logits(model.for_classes(labels, templates), pixels, PREPROCESS).softmax(1).amax(1)
+    assert [answer["probability"] for answer in answers] == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert {answer["label"] for answer in loaded.predict([{"image": data} for data in images])} <= set(CLASSES)
+    with pytest.raises(ValueError, match="every template needs"):
+        loaded.unwrap_python_model().predict(None, [{"image": images[0]}], {"labels": labels, "templates": ["a photo"]})
+
+
+def test_without_a_text_tower_other_labels_are_refused(served: tuple[served_model.Soup, Any]) -> None:
+    with pytest.raises(ValueError, match="has no text tower, so it knows its own classes only"):
+        served[0].predict(None, [{"image": png(0, 0)}], {"labels": ["lion"], "templates": ["a {}"]})
+
+
+def test_a_registered_file_with_another_activation_is_not_served(config: ModelConfig, tmp_path: Path) -> None:
+    model = build(config)
+    torch.nn.init.zeros_(model.head.bias)
+    write_model(tmp_path, model)
+    (tmp_path / "model.json").write_bytes(canonical(config.model_copy(update={"arch": {**ARCH, "quick_gelu": True}})))
+    with pytest.raises(ValueError, match="not the registered one: its logits differ"):
+        served_model.Soup().load_context(SimpleNamespace(artifacts={"soup": str(tmp_path)}))
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
@@ -142,7 +179,7 @@ def test_the_file_imports_nothing_of_this_repository_and_only_what_is_pinned() -
     roots = {str(module).split(".")[0] for module in modules}
     assert not {"stockpot", "flows", "tasks", "deployments", "pickle"} & roots
     known = packages_distributions()
-    pinned = {pin.partition("==")[0] for pin in registry.requirements()}
+    pinned = {pin.partition("==")[0] for pin in registry.requirements({})}
     assert all(pinned & set(known[root]) for root in roots - sys.stdlib_module_names)
 
 
@@ -150,8 +187,7 @@ def test_the_exported_program_gives_the_same_answers_for_any_batch(
     served: tuple[served_model.Soup, Any], config: ModelConfig, tmp_path: Path
 ) -> None:
     _, model = served
-    save_weights(tmp_path / "model.safetensors", model.state_dict())
-    (tmp_path / "model.json").write_bytes(canonical(config))
+    write_model(tmp_path, model)
     served_model.export(tmp_path, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     for count in (1, 2, 5):

@@ -30,6 +30,7 @@ def files(folder: Path, seed: int = 0) -> Path:
     save_file({"logits": torch.zeros(4, 2)}, folder / "held_out.safetensors")
     (folder / "card.json").write_text("{}")
     (folder / "model.json").write_text("{}")
+    (folder / "fingerprint.json").write_text("{}")
     return folder
 
 

@@ -42,7 +42,7 @@ def test_a_classifier_sees_what_the_base_model_sees(own):
     whole.load_state_dict(load_weights(Path(own.weights.removeprefix("file://"))))
     model = build(base.config(CLASSES)).eval()
     head = base.text.zero_shot_head(CLASSES, ["a photo of a {}.", "a {}"])
-    load_state(model, {**base.body_state(), "head.weight": head, "head.bias": torch.zeros(3)})
+    load_state(model, {**base.state(model.config), "head.weight": head, "head.bias": torch.zeros(3)})
     images = torch.randn(4, 3, 16, 16)
     tokens = open_clip.SimpleTokenizer(context_length=12)
     with torch.inference_mode():
@@ -65,9 +65,9 @@ def test_the_travelling_config_keeps_the_activation_and_the_preprocessing(own):
 
 def test_random_weights_come_from_the_seed(own):
     bare = BaseSpec(arch=own.arch)
-    one, same, other = (load_base(bare, seed=seed).body_state() for seed in (1, 1, 2))
+    one, same, other = (load_base(bare, seed=seed).tower for seed in (1, 1, 2))
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
-    assert not torch.equal(one["body.conv1.weight"], other["body.conv1.weight"])
+    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
 
 
 def test_weights_of_another_shape_name_the_first_key_and_both_shapes(own, tmp_path):
@@ -107,8 +107,15 @@ def test_a_config_may_name_a_timm_tower(tower, pool, tmp_path):
     base = load_base(BaseSpec(arch=str(tmp_path / "config.json"), weights=str(tmp_path / "whole.pt")))
     model = build(base.config(CLASSES)).eval()
     head = base.text.zero_shot_head(CLASSES, ["a {}"])
-    load_state(model, {**base.body_state(), "head.weight": head, "head.bias": torch.zeros(3)})
+    load_state(model, {**base.state(model.config), "head.weight": head, "head.bias": torch.zeros(3)})
     images = torch.randn(2, 3, 160, 160)
     with torch.inference_mode():
         assert torch.allclose(model.features(images), whole.encode_image(images, normalize=True), atol=1e-5)
         assert model(images).shape == (2, 3)
+
+
+def test_the_request_may_say_how_images_are_prepared_but_not_their_size(own):
+    given = Preprocess(size=16, mean=(0.1,) * 3, std=(0.2,) * 3)
+    assert load_base(own.model_copy(update={"preprocess": given})).preprocess == given
+    with pytest.raises(ModelError, match="takes 16 x 16 pixels, `preprocess` says 32; write `size: 16`"):
+        load_base(own.model_copy(update={"preprocess": given.model_copy(update={"size": 32})}))

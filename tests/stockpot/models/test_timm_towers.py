@@ -17,12 +17,12 @@ from stockpot.config import BaseSpec, InitSpec, TrialSettings
 from stockpot.data.images import eval_transform
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
-from stockpot.digests import canonical
 from stockpot.errors import ModelError
 from stockpot.evaluation import logits, normalise
 from stockpot.ledger import served_model
 from stockpot.models.bases import load_base
 from stockpot.models.classifier import build
+from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
@@ -41,7 +41,7 @@ def test_weights_of_a_whole_model_leave_their_classifier_behind(name, tmp_path):
     torch.save({"model": whole.state_dict()}, tmp_path / "whole.pth")
     base = load_base(BaseSpec(arch=f"timm:{name}", weights=str(tmp_path / "whole.pth")))
     model = build(base.config(CLASSES)).eval()
-    load_state(model, {**base.body_state(), "head.weight": torch.randn_like(model.head.weight), "head.bias": torch.ones(3)})
+    load_state(model, {**base.state(model.config), "head.weight": torch.randn_like(model.head.weight), "head.bias": torch.ones(3)})
     images = torch.randn(2, 3, 160, 160)
     with torch.inference_mode():
         wanted = whole.forward_head(whole.forward_features(images), pre_logits=True)
@@ -75,13 +75,13 @@ def test_published_weights_are_loaded_by_tag(tmp_path, monkeypatch):
     save_file(whole.state_dict(), commit / "model.safetensors")
     (commit.parents[1] / "refs").mkdir()
     (commit.parents[1] / "refs" / "main").write_text("0" * 40)
-    assert torch.equal(load_base(spec).body_state()["body.patch_embed.proj.weight"], whole.patch_embed.proj.weight)
+    assert torch.equal(load_base(spec).tower["patch_embed.proj.weight"], whole.patch_embed.proj.weight)
 
 
 def test_random_weights_come_from_the_seed():
-    one, same, other = (load_base(BaseSpec(arch="timm:test_efficientnet"), seed=seed).body_state() for seed in (1, 1, 2))
+    one, same, other = (load_base(BaseSpec(arch="timm:test_efficientnet"), seed=seed).tower for seed in (1, 1, 2))
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
-    assert not torch.equal(one["body.conv_stem.weight"], other["body.conv_stem.weight"])
+    assert not torch.equal(one["conv_stem.weight"], other["conv_stem.weight"])
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,7 @@ def _serve(folder: Path, config, soup, snapshot) -> None:
     """The file in the registry answers as the model does."""
     model = build(config)
     load_state(model, soup)
-    save_weights(folder / "model.safetensors", soup)
-    (folder / "model.json").write_bytes(canonical(config))
+    write_model(folder, model)
     served = served_model.Soup()
     served.load_context(SimpleNamespace(artifacts={"soup": str(folder)}))
     images = pixels(snapshot, "gate", config.preprocess).images[:4]

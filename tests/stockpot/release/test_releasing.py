@@ -9,13 +9,13 @@ from uuid import uuid4
 
 import pytest
 
-from stockpot.checkpoints import save_weights
 from stockpot.config import GateSpec, SoupSpec
-from stockpot.digests import canonical, digest
+from stockpot.digests import digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import registry
 from stockpot.ledger.connection import client
 from stockpot.models.classifier import ModelConfig, build
+from stockpot.models.folders import write_model
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
 from stockpot.release import gating, releasing
 from stockpot.soup.souping import cook
@@ -116,8 +116,7 @@ def test_a_champion_of_other_classes_or_another_transform_is_not_compared(
     config = {"classes": ("red", "blue", "green"), "preprocess": PREPROCESS.model_copy(update={"interpolation": "bilinear"})}
     other = ModelConfig(kind="open_clip", arch=ARCH, preprocess=PREPROCESS, classes=CLASSES).model_copy(update={field: config[field]})
     folder = tmp_path / "other"
-    sha256 = save_weights(folder / "model.safetensors", build(other).state_dict())
-    (folder / "model.json").write_bytes(canonical(other))
+    sha256 = write_model(folder, build(other))
     model_id = registry.log_soup_model(model, report.mlflow_run_id, sha256, folder)
     rival = registry.register_once(model, model_id, sha256, report.mlflow_run_id, {}, "")
     registry.set_alias(model, "champion", rival.version)

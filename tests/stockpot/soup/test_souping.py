@@ -10,16 +10,19 @@ from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import MixingSpec, SoupSpec, Sweep, TrialSettings
 from stockpot.data import pixel_store
 from stockpot.data.images import decode
-from stockpot.digests import file_digest
+from stockpot.digests import canonical, file_digest
 from stockpot.errors import SweepMissing, TooFewIngredients
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
+from stockpot.models.classifier import Classifier
+from stockpot.models.folders import fingerprint, write_model
 from stockpot.outcomes import Accuracy, SoupReport
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.soup.soupability import gather
 from stockpot.soup.souping import _greedy, cook
+from tests import tiny_sweep as tiny_sweep_module
 from tests.tiny_sweep import Ground, finish_trial, finish_trials, tiny_sweep
 
 
@@ -50,6 +53,25 @@ def test_a_sweep_is_cooked_recorded_and_not_cooked_again(ground: Ground, sweep: 
     again: list[str] = []
     assert cook(sweep.id, say=again.append) == report
     assert len(again) == 1
+
+
+def test_a_trial_that_computes_something_else_after_reloading_is_left_out(
+    ground: Ground, sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_trials(ground, sweep, tmp_path, only=[0, 1])
+
+    def forged(folder: Path, model: Classifier) -> str:
+        sha256 = write_model(folder, model)
+        stored = fingerprint(model)
+        other = stored.model_copy(update={"logits": tuple(tuple(value + 1 for value in row) for row in stored.logits)})
+        (folder / "fingerprint.json").write_bytes(canonical(other))
+        return sha256
+
+    monkeypatch.setattr(tiny_sweep_module, "write_model", forged)
+    (strange,) = finish_trials(ground, sweep, tmp_path, only=[2])
+    report = cook(sweep.id, say=quiet)
+    assert list(report.excluded) == [strange.trial_id]
+    assert "The reloaded model is another one" in report.excluded[strange.trial_id]
 
 
 def rank_of(singles: list) -> object:

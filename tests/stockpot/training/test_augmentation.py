@@ -55,7 +55,7 @@ def test_seeding_leaves_the_global_generators_as_they_were():
     assert (torch.rand(1), random.random()) == expected
 
 
-@pytest.mark.parametrize("name", ["maximal", "", "no_such_package:augment", "random:no_such"])
+@pytest.mark.parametrize("name", ["maximal", "", "no_such_package:augment", "random:no_such", "math:pi"])
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(BadRequest, match="augmentation"):
         augmentation(name, PREPROCESS)

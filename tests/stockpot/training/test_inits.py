@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from stockpot.checkpoints import save_weights
 from stockpot.config import BaseSpec, InitSpec
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
-from stockpot.errors import ModelError
+from stockpot.errors import ModelError, ObjectMissing
 from stockpot.evaluation import accuracy, logits
 from stockpot.models.classifier import build
 from stockpot.models.loading import load_state
@@ -68,8 +69,38 @@ def test_changed_weights_are_refused(base, ground, node, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ModelError, match=r"has sha256 .*, the trial was drawn for"):
+    with pytest.raises(ModelError, match=r"has digest .*, the trial was drawn for"):
         fetch(init)
+
+
+def test_another_activation_under_the_same_weights_is_refused(base, ground, node, tmp_path):
+    init = prepare(base, InitSpec(head="random"), ground.data.snapshot, f"{tmp_path}/store")
+    (config,) = (tmp_path / "store").rglob("model.json")
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps(document | {"arch": document["arch"] | {"quick_gelu": True}}))
+    with pytest.raises(ModelError, match=r"its weights or its config \(activation included\) were changed"):
+        fetch(init)
+
+
+def test_the_same_weights_under_another_activation_are_another_init(base, ground, node, tmp_path):
+    quick = {"model_cfg": ARCH["model_cfg"] | {"quick_gelu": True}}
+    (tmp_path / "quick.json").write_text(json.dumps(quick))
+    spec, other = InitSpec(head="random"), BaseSpec(arch=str(tmp_path / "quick.json"))
+    one, two = (prepare(each, spec, ground.data.snapshot, f"{tmp_path}/store") for each in (base, other))
+    assert all(torch.equal(tensor, fetch(two)[1][name]) for name, tensor in fetch(one)[1].items())
+    assert one.digest != two.digest
+
+
+def test_new_weights_at_the_old_address_give_a_new_init(base, ground, node, tmp_path):
+    spec = BaseSpec(arch=base.arch, weights=str(tmp_path / "weights.safetensors"))
+    inits = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        save_weights(tmp_path / "weights.safetensors", open_clip.CLIP(**ARCH["model_cfg"]).state_dict())
+        inits.append(prepare(spec, InitSpec(), ground.data.snapshot, f"{tmp_path}/store"))
+    assert inits[0].digest == inits[1].digest != inits[2].digest
+    with pytest.raises(ObjectMissing, match="nothing is stored there"):
+        prepare(BaseSpec(arch=base.arch, weights="/no/such/file"), InitSpec(), ground.data.snapshot, f"{tmp_path}/store")
 
 
 def test_the_probe_beats_the_head_it_starts_from(base, ground, node, tmp_path):

@@ -1,7 +1,7 @@
 """A tiny CLIP, pre-trained on captioned digits in under a minute: the demo's base model.
 
 It is weak on purpose, which leaves fine-tuning something to do: 300 images, and captions of which half name only the parity and 15 %
-name a random digit. usage: python -m deployments.demo.base PRETRAIN_SNAPSHOT OUT_URI [SEED]     prints the config's and the weights' URI
+name a random digit. usage: python -m deployments.demo.pretraining PRETRAIN_SNAPSHOT OUT_URI [SEED] (prints two URIs)
 """
 
 # B batch, D features, T distinct texts
@@ -21,9 +21,10 @@ from torch.nn import functional
 from deployments.demo import augment
 from stockpot import storage
 from stockpot.checkpoints import save_weights
-from stockpot.config import Preprocess
+from stockpot.config import PinnedSnapshot, Preprocess
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot, pin
+from stockpot.digests import digest
 from stockpot.evaluation import normalise
 from stockpot.training.optimisation import parameter_groups
 
@@ -46,27 +47,35 @@ CONFIG: dict[str, Any] = {
     },
 }
 
+RECIPE = [STEPS, BATCH, WARMUP_STEPS, LEARNING_RATE, WEIGHT_DECAY, WRONG, COARSE, TEMPLATES, CONFIG]
+"""What decides the weights, beside data and seed."""
+
 
 def pretrain(data: dict[str, Any], out_uri: str, seed: int) -> tuple[str, str]:
-    """Train contrastively on the snapshot `data["pretrain"]` and store config and weights under `out_uri`, unless they are there.
+    """Train contrastively on the snapshot `data["pretrain"]` and store config and weights below `out_uri`, unless they are there.
 
-    Returns the URIs of the open_clip JSON config and of the safetensors weights. The config is written last: it is the commit marker.
+    A digest of what decides them (data, seed, recipe) is written last, beside them: what was made otherwise is made again, in its place.
+    Returns the URIs of the open_clip JSON config and of the safetensors weights.
     """
-    config_uri, weights_uri = f"{out_uri}/open_clip_config.json", f"{out_uri}/model.safetensors"
-    if not storage.exists(config_uri):
-        model = train(data["pretrain"], seed)
+    pinned = pin(data["pretrain"])
+    config_uri, weights_uri, marker_uri = (f"{out_uri}/{name}" for name in ("open_clip_config.json", "model.safetensors", "made_of"))
+    made_of = digest([pinned.digest, seed, RECIPE]).encode()
+    if not storage.exists(marker_uri) or storage.read_bytes(marker_uri) != made_of:
+        storage.remove(marker_uri)
+        model = train(pinned, seed)
         with TemporaryDirectory(prefix="stockpot-base-") as folder:
             save_weights(Path(folder) / "model.safetensors", model.state_dict())
             storage.upload(Path(folder) / "model.safetensors", weights_uri)
         storage.write_bytes(config_uri, json.dumps(CONFIG, indent=1).encode())
+        storage.write_bytes(marker_uri, made_of)
     return config_uri, weights_uri
 
 
-def train(snapshot_uri: str, seed: int) -> nn.Module:
+def train(pinned: PinnedSnapshot, seed: int) -> nn.Module:
     """The pre-trained CLIP, image and text tower."""
     import open_clip
 
-    snapshot = open_snapshot(pin(snapshot_uri))
+    snapshot = open_snapshot(pinned)
     preprocess = Preprocess(**CONFIG["preprocess_cfg"])
     split = pixels(snapshot, "train", preprocess)
     tokenizer = open_clip.SimpleTokenizer(context_length=12)
