@@ -12,8 +12,9 @@ import httpx
 import yaml
 from pydantic import ValidationError
 
-from stockpot.config import ADDRESS, NAME, RetrainRequest
+from stockpot.config import RetrainRequest
 from stockpot.errors import BadRequest, StockpotError
+from stockpot.fields import ADDRESS, NAME
 
 POLL_S = 1.0
 AWAY_S = 60.0

@@ -8,5 +8,5 @@ training    the shared init and one trial, from its first step to its ingredient
 data        snapshots: published, verified, cached, read exactly
 
 doors       storage, s3 and s3_bodies (bytes by address), models (open_clip, timm), checkpoints (safetensors), evaluation, ledger (MLflow)
-nouns       config, sweeps, outcomes, devices, digests, errors: pydantic only
+nouns       config (the request), settings (of a trial), spaces, fields, sweeps, outcomes, devices, digests, errors: pydantic only
 """

@@ -8,20 +8,12 @@ Endpoints and secrets are not here: they come from the standard environment name
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from stockpot.digests import short
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-ADDRESS = r"^(s3|file)://[^\s]+$|^/[^\s]*$"
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-Uri = Annotated[str, Field(pattern=ADDRESS)]
-
-
-class Closed(BaseModel):
-    """Frozen, and no field but the declared ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from stockpot.fields import NAME, Closed, Fraction, Uri
+from stockpot.settings import TrialSettings
+from stockpot.spaces import Distribution, deciding
 
 
 class DataSpec(Closed):
@@ -113,174 +105,6 @@ class InitSpec(Closed):
         return self
 
 
-class TrialSettings(Closed):
-    """Everything that may differ between the trials of a sweep. Defaults are the paper's (Wortsman et al. 2022, appendix J)."""
-
-    learning_rate: float = Field(2e-5, gt=0, lt=1, description="Peak learning rate, reached after the warm-up.")
-    weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay; biases and norms are exempt.")
-    epochs: int = Field(10, ge=1, le=10_000, description="Passes over the train split.")
-    max_steps: int | None = Field(
-        None,
-        ge=0,
-        description="Optimiser steps after which training ends, before its epochs do. The schedule ends there too. 0: the init itself, "
-        "evaluated and never trained.",
-    )
-    batch_size: int = Field(512, ge=1, description="Images per optimiser step, over all devices of the trial.")
-    micro_batch: int | None = Field(
-        None, ge=1, description="Images per forward pass; their gradients are summed up to the batch. None: the whole batch at once."
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32",
-        description="bf16 and fp16 compute under autocast; weights and optimiser stay in fp32. fp16 scales the loss, and leaves out steps "
-        "whose gradients overflow.",
-    )
-    compile: bool = Field(
-        False, description="Compile the forward pass (torch.compile). A model that does not compile whole fails the trial with the reason."
-    )
-    optimiser: Literal["adamw", "adam", "sgd", "rmsprop", "adafactor"] = Field(
-        "adamw", description="Update rule. adam couples its weight decay to the gradient; sgd and rmsprop have momentum 0.9."
-    )
-    sam_rho: float = Field(
-        0.0, ge=0, le=10, description="Radius of sharpness-aware minimisation around any rule, at twice the cost of a step; 0 is off."
-    )
-    schedule: Literal["cosine", "constant", "linear"] = Field("cosine", description="Learning rate after the warm-up: to zero, or held.")
-    warmup_steps: int = Field(500, ge=0, description="Steps of linear rise from zero; never more than a tenth of all steps.")
-    loss: str = Field(
-        "cross_entropy", description="cross_entropy, binary_cross_entropy (summed over classes), or `package.module:name`, called with "
-        "logits and target probabilities, both (B, C)."
-    )  # fmt: skip
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
-    mixup: float = Field(0.0, ge=0, le=10, description="Alpha of mixup's Beta distribution; 0 switches it off.")
-    cutmix: float = Field(
-        0.0,
-        ge=0,
-        le=10,
-        description="Alpha of CutMix's Beta distribution; 0 is off. Beside mixup, each batch has one of the two, equally likely.",
-    )
-    augmentation: str = Field(
-        "minimal",
-        min_length=1,
-        description="none, minimal (crop 90-100 %), medium (timm's default), strong (`rand-m15-n2`), stochastic (RandAugment of a random "
-        "level per image), a timm string such as `rand-m9-n2`, or `package.module:name` of your own.",
-    )
-    last_epoch_augmentation: str | None = Field(
-        None, description="Augmentation of the last epoch, such as `minimal` after strong ones. None: as in the others."
-    )
-    smallest_crop: Fraction | None = Field(
-        None, gt=0, description="Smallest share of the image's area that a crop keeps. None: 0.9 for minimal, timm's 0.08 for the others."
-    )
-    layer_decay: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Factor of the learning rate from each block to the one before it: the head has the full rate, the embeddings the "
-        "lowest. 1 gives all layers one rate.",
-    )
-    frozen: tuple[str, ...] = Field(
-        (), description="Parameters that stay as the init has them, by name with wildcards, such as `head.*` or `body.conv1.*`."
-    )
-    ema_decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (),
-        description="Decays per step of moving averages of the weights, such as 0.999. Each average is one more candidate ingredient, in "
-        "the uniform soup too, and costs the memory of the weights.",
-    )
-    evaluate_every_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Steps between evaluations on held_out. The best weights so far, the earlier of equals, become the ingredient, for "
-        "each moving average too. None: the last weights do.",
-    )
-    clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
-    seed: int = Field(0, ge=0, description="Order of samples and augmentation of this trial.")
-
-    @model_validator(mode="after")
-    def _averages_differ(self) -> Self:
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise ValueError(f"ema_decays {list(self.ema_decays)} has a decay twice; keep one of them")
-        return self
-
-
-class Choice(Closed):
-    """One of the values, each as likely."""
-
-    choice: tuple[Any, ...] = Field(min_length=1, description="The values to choose from.")
-
-
-class Uniform(Closed):
-    """A number between two bounds."""
-
-    uniform: tuple[float, float] = Field(description="Lowest and highest value.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.uniform
-        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise ValueError(f"uniform [{low}, {high}] is impossible: the lowest value must come first and both be finite")
-        return self
-
-
-class LogUniform(Closed):
-    """A positive number whose logarithm is uniform."""
-
-    log_uniform: tuple[float, float] = Field(description="Lowest and highest value, both above 0.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.log_uniform
-        if not (0 < low <= high and math.isfinite(high)):
-            raise ValueError(f"log_uniform [{low}, {high}] is impossible: needs 0 < lowest <= highest")
-        return self
-
-
-class IntUniform(Closed):
-    """A whole number between two bounds, both included."""
-
-    int_uniform: tuple[int, int] = Field(description="Lowest and highest value.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.int_uniform
-        if low > high:
-            raise ValueError(f"int_uniform [{low}, {high}] is impossible: the lowest value must come first")
-        return self
-
-
-class Sometimes(Closed):
-    """One fixed value with some probability, else a draw."""
-
-    probability: Fraction = Field(description="Chance of the fixed value.")
-    value: Any = Field(description="The fixed value, such as 0 for switched off.")
-    otherwise: "Distribution" = Field(description="Drawn when the fixed value is not.")
-
-
-class Depending(Closed):
-    """A distribution for each value of another field, such as a range of learning rates for each optimiser."""
-
-    given: str = Field(description="The field that decides: one of the space or the grid, else the sweep's settings have its value.")
-    cases: dict[str, "Distribution"] = Field(min_length=1, description="Its values, as text, and what is drawn from for each.")
-
-
-def _kind(distribution: Any) -> str | None:
-    """Which distribution is meant: the one field that none of the others has."""
-    fields = distribution if isinstance(distribution, dict) else type(distribution).model_fields
-    return next((name for name in ("choice", "uniform", "log_uniform", "int_uniform", "probability", "given") if name in fields), None)
-
-
-Distribution = Annotated[
-    Annotated[Choice, Tag("choice")]
-    | Annotated[Uniform, Tag("uniform")]
-    | Annotated[LogUniform, Tag("log_uniform")]
-    | Annotated[IntUniform, Tag("int_uniform")]
-    | Annotated[Sometimes, Tag("probability")]
-    | Annotated[Depending, Tag("given")],
-    Discriminator(
-        _kind,
-        custom_error_type="no_distribution",
-        custom_error_message="no distribution; write choice, uniform, log_uniform, int_uniform, probability or given",
-    ),
-]
-
-
 class SweepSpec(Closed):
     """Which trials are run."""
 
@@ -305,7 +129,7 @@ class SweepSpec(Closed):
 
     @model_validator(mode="after")
     def _space_and_grid_name_settings(self) -> Self:
-        for name in [*self.space, *self.grid, *_deciding(*self.space.values())]:
+        for name in [*self.space, *self.grid, *deciding(*self.space.values())]:
             if name not in TrialSettings.model_fields:
                 raise ValueError(f"`{name}` is no trial setting; a sweep may vary {', '.join(sorted(TrialSettings.model_fields))}")
             if name in self.space and name in self.grid:
@@ -318,17 +142,6 @@ class SweepSpec(Closed):
         if self.grid and self.trials != cells:
             raise ValueError(f"the grid has {cells} combinations and `trials` is {self.trials}; write `trials: {cells}`")
         return self
-
-
-def _deciding(*distributions: Distribution) -> list[str]:
-    """The fields that these distributions depend on."""
-    found: list[str] = []
-    for one in distributions:
-        if isinstance(one, Sometimes):
-            found += _deciding(one.otherwise)
-        elif isinstance(one, Depending):
-            found += [one.given, *_deciding(*one.cases.values())]
-    return found
 
 
 class MixingSpec(Closed):

@@ -3,7 +3,8 @@ Weights, logits and pixels never appear here; they lie in object storage under t
 
 from pydantic import Field
 
-from stockpot.config import Closed, TrialSettings
+from stockpot.fields import Closed
+from stockpot.settings import TrialSettings
 
 
 class Accuracy(Closed):

@@ -7,25 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stockpot.config import (
-    Choice,
-    Depending,
-    Distribution,
-    Init,
-    IntUniform,
-    LogUniform,
-    PinnedData,
-    RetrainRequest,
-    Sometimes,
-    Sweep,
-    SweepSpec,
-    Trial,
-    TrialSettings,
-    Uniform,
-    sweep_id,
-)
+from stockpot.config import Init, PinnedData, RetrainRequest, Sweep, SweepSpec, Trial, sweep_id
 from stockpot.digests import short
 from stockpot.errors import BadRequest
+from stockpot.settings import TrialSettings
+from stockpot.spaces import Choice, Depending, Distribution, IntUniform, LogUniform, Sometimes, Uniform
 
 UNTRAINED = TrialSettings(max_steps=0)
 """The settings of the init as an ingredient: the same for every sweep, so it is evaluated once."""

@@ -11,31 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 from stockpot.checkpoints import save_weights
-from stockpot.config import (
-    BaseSpec,
-    Closed,
-    DataSpec,
-    Init,
-    PinnedData,
-    PinnedSnapshot,
-    Preprocess,
-    RetrainRequest,
-    SoupSpec,
-    Sweep,
-    SweepSpec,
-    TrialSettings,
-)
+from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, Preprocess, RetrainRequest, SoupSpec, Sweep, SweepSpec
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.data.splits import SplitSpec
 from stockpot.digests import digest
 from stockpot.evaluation import accuracy, features, logits
+from stockpot.fields import Closed
 from stockpot.ledger import tracking
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
+from stockpot.settings import TrialSettings
 from stockpot.sweeps import plan
 from stockpot.training.inits import linear_probe
 

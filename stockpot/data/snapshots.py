@@ -16,12 +16,13 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from stockpot import storage
-from stockpot.config import Closed, PinnedSnapshot
+from stockpot.config import PinnedSnapshot
 from stockpot.data.indexing import Index
 from stockpot.data.node_cache import Fetched, NodeCache
 from stockpot.data.splits import SPLITS, SplitRule
 from stockpot.digests import canonical, digest
 from stockpot.errors import BadRequest, ObjectExists, ObjectMissing, SnapshotBroken, SnapshotMissing
+from stockpot.fields import Closed
 
 
 class Shard(Closed):

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stockpot.config import Closed
 from stockpot.errors import DataError
+from stockpot.fields import Closed
 
 SPLITS = ("train", "held_out", "gate", "test")
 """Every split there is, in the order of the index."""

@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stockpot.config import Closed, Preprocess
+from stockpot.config import Preprocess
 from stockpot.errors import ModelError
+from stockpot.fields import Closed
 from stockpot.models import clip, imported, timm_towers
 from stockpot.models.clip import TextTower
 from stockpot.models.loading import load_state

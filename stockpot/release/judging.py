@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stockpot.config import Closed, GateSpec, Preprocess
+from stockpot.config import GateSpec, Preprocess
 from stockpot.digests import digest
 from stockpot.errors import RegistryError
+from stockpot.fields import Closed
 from stockpot.outcomes import Accuracy, GateDecision, Paired
 from stockpot.soup.statistics import bootstrap, mcnemar
 

@@ -8,8 +8,8 @@ touched. The rest are ingredients a later run of the same request would train ag
 
 from datetime import UTC, datetime, timedelta
 
-from stockpot.config import Closed
 from stockpot.errors import SweepMissing
+from stockpot.fields import Closed
 from stockpot.ledger import registry, stored, tracking
 from stockpot.ledger.stored import Kind
 

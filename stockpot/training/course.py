@@ -9,7 +9,7 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from stockpot.config import Trial, TrialSettings
+from stockpot.config import Trial
 from stockpot.data.shards import Pixels, Reading, TrainReader, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.errors import BudgetSpent
@@ -17,6 +17,7 @@ from stockpot.evaluation import accuracy, logits
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy
+from stockpot.settings import TrialSettings
 from stockpot.training.attempts import Attempt
 from stockpot.training.augmentation import augmentation
 from stockpot.training.candidates import Candidate

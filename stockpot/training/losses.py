@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stockpot.config import TrialSettings
 from stockpot.errors import BadRequest
+from stockpot.settings import TrialSettings
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(logits (B, C), labels (B), labels of the partners (B), share of the label's own image) to the mean over the batch."""

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from stockpot.config import TrialSettings
 from stockpot.errors import BadRequest
+from stockpot.settings import TrialSettings
 
 EMBEDDINGS = re.compile(
     r"(^|\.)(class_embedding|positional_embedding|token_embedding|embeddings|conv1|ln_pre|conv_stem|stem|patch_embed|pos_embed|cls_token"

@@ -11,8 +11,9 @@ from itertools import islice
 import torch
 from torch import Tensor, distributed, nn
 
-from stockpot.config import Preprocess, TrialSettings
+from stockpot.config import Preprocess
 from stockpot.errors import NonFinite
+from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
 from stockpot.training.candidates import Best, Candidate, Score, State, Weights, on_cpu, wearing
 from stockpot.training.moving_parts import Batch, Training, require_finite

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import BaseSpec, InitSpec, TrialSettings
+from stockpot.config import BaseSpec, InitSpec
 from stockpot.data.images import eval_transform
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
@@ -24,6 +24,7 @@ from stockpot.models.bases import load_base
 from stockpot.models.classifier import build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
+from stockpot.settings import TrialSettings
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.training.course import fine_tune

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import MixingSpec, SoupSpec, Sweep, TrialSettings
+from stockpot.config import MixingSpec, SoupSpec, Sweep
 from stockpot.data import pixel_store
 from stockpot.data.images import decode
 from stockpot.digests import canonical, file_digest
@@ -17,6 +17,7 @@ from stockpot.ledger.connection import client
 from stockpot.models.classifier import Classifier
 from stockpot.models.folders import fingerprint, write_model
 from stockpot.outcomes import Accuracy, SoupReport
+from stockpot.settings import TrialSettings
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import open_weights

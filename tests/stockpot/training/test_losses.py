@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stockpot.config import TrialSettings
 from stockpot.errors import BadRequest
+from stockpot.settings import TrialSettings
 from stockpot.training.losses import cross_entropy, loss_function, mix, partners, targets
 
 LABELS = torch.tensor([0, 1, 2, 1])

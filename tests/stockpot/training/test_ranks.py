@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from stockpot.checkpoints import load_weights
-from stockpot.config import Trial, TrialSettings
+from stockpot.config import Trial
 from stockpot.errors import NonFinite, RankLost
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
+from stockpot.settings import TrialSettings
 from stockpot.training.preemption import Preempted
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trials import run_trial

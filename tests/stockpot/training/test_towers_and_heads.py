@@ -8,13 +8,14 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from stockpot.checkpoints import load_weights
-from stockpot.config import BaseSpec, DataSpec, InitSpec, RetrainRequest, TrialSettings
+from stockpot.config import BaseSpec, DataSpec, InitSpec, RetrainRequest
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.snapshots import open_snapshot
 from stockpot.errors import ModelError, SnapshotBroken
 from stockpot.models.bases import load_base
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
+from stockpot.settings import TrialSettings
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.training.course import fine_tune

@@ -14,11 +14,12 @@ import psutil
 import pytest
 
 from stockpot.checkpoints import load_weights
-from stockpot.config import Trial, TrialSettings
+from stockpot.config import Trial
 from stockpot.digests import file_digest, short
 from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, TrialFailed
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
+from stockpot.settings import TrialSettings
 from stockpot.sweeps import UNTRAINED
 from stockpot.training.attempts import Attempt
 from stockpot.training.trials import run_trial
