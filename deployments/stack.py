@@ -82,7 +82,8 @@ def local_stack(
             supervisor = Supervisor(state, mark, lock.handle, died=say or _to_stderr, changed=changed)
             try:
                 _start(supervisor, state, chosen, environ, workers)
-                write_running(state, running | {"ready": True})
+                running["ready"] = True  # kept in what `changed` writes when a worker is started again
+                write_running(state, running)
                 yield Stack(supervisor, environ | components.homes(state) | {guardian.MARK: mark})
             finally:
                 with _undisturbed():

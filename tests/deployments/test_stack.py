@@ -110,6 +110,7 @@ def test_a_person_starts_it_twice_and_finds_everything_again(state: Path, tmp_pa
     assert {name for name, part in parts.items() if part["ok"]} == {"seaweedfs", "mlflow", "prefect", "worker-control", "worker-gpu"}
     os.kill(parts["worker-gpu"]["pid"], signal.SIGKILL)
     until(lambda: stack.health(state)["worker-gpu"]["pid"] != parts["worker-gpu"]["pid"])
+    assert stack.running_environ(state) == environ
 
     api = environ["PREFECT_API_URL"]
     run = start_nap(api, tmp_path)
