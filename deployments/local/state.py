@@ -64,9 +64,11 @@ def write_running(state: Path, running: dict[str, Any]) -> None:
 
 
 def alive(running: dict[str, Any]) -> bool:
-    """Whether the supervisor that wrote this still runs (and its process id was not given to another)."""
+    """Whether the supervisor that wrote this still runs (its process id was not given to another, and it is not just waiting to be
+    reaped)."""
     try:
-        return bool(running) and psutil.Process(running["pid"]).create_time() == running["created"]
+        supervisor = psutil.Process(running["pid"]) if running else None
+        return supervisor is not None and supervisor.create_time() == running["created"] and supervisor.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -141,6 +141,7 @@ def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(s
     assert all(trial in str(caught.value) for trial in failing)
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_started_again_and_the_sweep_ends_complete(stack, request_for):
     started = retrain(request_for("killed", seeds=(5,), epochs=40))
     (run,) = running_trials("killed", 1)
