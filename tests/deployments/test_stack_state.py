@@ -4,6 +4,8 @@ state directory, and nothing secret is readable by others."""
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -80,6 +82,18 @@ def test_a_lock_whose_owner_is_dead_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(StackRunning):
         kept.Lock(tmp_path, wait_s=0.3)
     lock.release()
+
+
+def test_a_supervisor_that_waits_to_be_reaped_is_gone() -> None:
+    child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    process = psutil.Process(child.pid)
+    me = {"pid": child.pid, "created": process.create_time()}
+    assert kept.alive(me)
+    child.kill()
+    while process.status() != psutil.STATUS_ZOMBIE:
+        pass
+    assert not kept.alive(me)
+    child.communicate()
 
 
 def test_a_process_id_given_to_another_process_is_not_the_supervisor() -> None:

@@ -200,6 +200,7 @@ def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from
     assert cook(sweep.id, say=quiet) == report
 
 
+@pytest.mark.slow
 def test_a_soup_that_was_interrupted_repeats_no_score(ground: Ground, ledger: str, tmp_path: Path) -> None:
     whole, cut = (
         tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", soup=SoupSpec(compare=("pruned",)), settings=TrialSettings(seed=seed))
