@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -191,7 +192,7 @@ def _start(supervisor: Supervisor, state: Path, ports: dict[str, int], environ: 
         supervisor.start(components.worker("gpu", components.trials_at_once(), state, environ))
     supervisor.wait("mlflow", lambda: answers(urls["mlflow"]), deadline)
     for pool in components.POOLS if workers else ():
-        supervisor.wait(f"worker-{pool}", lambda pool=pool: worker_online(api, pool), deadline)  # type: ignore[misc]
+        supervisor.wait(f"worker-{pool}", partial(worker_online, api, pool), deadline)
 
 
 @contextmanager

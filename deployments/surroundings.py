@@ -24,9 +24,9 @@ def check_prefect(timeout_s: float = 4.0) -> None:
         raise ServerUnreachable(
             "PREFECT_API_URL is not set; set it to a Prefect server, or start the local stack with `stockpot stack up`."
         )
-    auth = os.environ.get("PREFECT_API_AUTH_STRING")
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     try:
-        answer = httpx.get(f"{url}/admin/version", timeout=timeout_s, auth=tuple(auth.split(":", 1)) if auth else None)  # type: ignore[arg-type]
+        answer = httpx.get(f"{url}/admin/version", timeout=timeout_s, auth=httpx.BasicAuth(user, password) if user else None)
     except httpx.HTTPError as error:
         raise ServerUnreachable(
             f"No Prefect server answers at PREFECT_API_URL={url} ({type(error).__name__}); start one, or the local stack: "

@@ -85,6 +85,7 @@ def features(
     model: nn.Module, images_N3HW: np.ndarray | Tensor, preprocess: Preprocess, *, batch_size: int = 256, device: str | torch.device = "cpu"
 ) -> Tensor:
     """What the model's head sees (its `features` method) for every image, in order: float32 (N, D) on the CPU."""
+    # torch types every attribute of a Module as Tensor or Module, methods of subclasses too
     return _in_batches(model, model.features, images_N3HW, preprocess, batch_size=batch_size, device=device)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,10 @@ class TrialSettings(Closed):
     )
     batch_size: int = Field(512, ge=1, description="Images per optimiser step, over all devices of the trial.")
     micro_batch: int | None = Field(
-        None, ge=1, description="Images per forward pass; their gradients are summed up to the batch. None: the whole batch at once."
+        None,
+        ge=1,
+        description="Images per forward pass; their gradients are summed up to the batch. BatchNorm then sees "
+        "this many at a time. None: the whole batch at once.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",

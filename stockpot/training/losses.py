@@ -86,6 +86,8 @@ def _imported(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     module, _, attribute = name.partition(":")
     try:
         function: Any = getattr(importlib.import_module(module), attribute)
+        if not callable(function):
+            raise ValueError(f"it is {type(function).__name__}, not a function of logits and targets")
     except (ImportError, AttributeError, ValueError) as error:
         raise BadRequest(
             f"There is no loss `{name}` ({error}): write cross_entropy, binary_cross_entropy, or `package.module:name` "

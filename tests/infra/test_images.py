@@ -22,7 +22,8 @@ def compose() -> dict[str, Any]:
 
 
 def test_the_lock_names_no_index_and_hashes_everything() -> None:
-    assert re.findall(r"https?://|--index-url|--extra-index-url|--find-links", LOCK) == []
+    assert "://" not in LOCK
+    assert [line for line in LOCK.splitlines() if line.startswith("-")] == [], "an option of the installer, such as an index"
     packages = re.split(r"\n(?=[a-z0-9])", LOCK.strip())
     assert len(packages) > 100
     assert [block.split()[0] for block in packages if "--hash=sha256:" not in block] == []

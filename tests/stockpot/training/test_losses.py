@@ -72,7 +72,7 @@ def test_a_loss_of_ones_own_is_called_by_name(monkeypatch):
     assert torch.allclose(found, 2 * functional.cross_entropy(logits, LABELS), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["hinge", "no_such_package:loss", "random:no_such_loss"])
+@pytest.mark.parametrize("name", ["hinge", "no_such_package:loss", "random:no_such_loss", "math:pi"])
 def test_an_unknown_loss_is_refused_by_name(name):
     with pytest.raises(BadRequest, match=f"There is no loss `{name}`"):
         loss_function(TrialSettings(loss=name))
