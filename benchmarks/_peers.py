@@ -70,7 +70,7 @@ def litdata(folder: Path, count: int) -> Any:
 
     writer = BinaryWriter(str(folder), chunk_bytes="16MB")
     for number, photo in enumerate(photos(count)):
-        writer.add_item(number, {"jpg": photo.image, "label": photo.label})
+        writer.add_item(number, {"jpg": photo.data, "label": photo.label})
     writer.done()
     writer.merge()
     return litdata.StreamingDataLoader(Pictures(str(folder), shuffle=False), batch_size=BATCH, num_workers=WORKERS, persistent_workers=True)
@@ -87,7 +87,7 @@ def streaming(folder: Path, count: int) -> Any:
 
     with MDSWriter(out=str(folder / "mds"), columns={"jpg": "bytes", "label": "int"}, size_limit=16 * 2**20) as writer:
         for photo in photos(count):
-            writer.write({"jpg": photo.image, "label": photo.label})
+            writer.write({"jpg": photo.data, "label": photo.label})
     dataset = Pictures(local=str(folder / "mds"), shuffle=False, batch_size=BATCH)
     return DataLoader(dataset, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True)
 

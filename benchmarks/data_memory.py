@@ -56,7 +56,7 @@ def _report_peak(pipe: Any, run: Callable[[str, int], None], folder: str, number
 
 def _published(folder: str, shards: int) -> int:
     """10,000 copies of a photo in so many shards."""
-    picture = next(photos(1)).image
+    picture = next(photos(1)).data
     given = GivenSamples(Sample(f"s{number:05d}", picture, number % 2, "jpg") for number in range(10_000))
     in_tar = 3 * 512 + -(-len(picture) // 512) * 512  # two headers, the label and the picture in whole blocks
     shard_bytes = 10_000 // shards * in_tar - 1024
@@ -75,7 +75,7 @@ def _read(folder: str, shards: int) -> None:
 
 
 def _publish(folder: str, samples: int) -> None:
-    picture = next(photos(1)).image
+    picture = next(photos(1)).data
     given = GivenSamples(Sample(f"s{number:06d}", picture, number % 2, "jpg") for number in range(samples))
     publish(folder, "some", CLASSES, given, splits="train", shard_bytes=2**24)
 

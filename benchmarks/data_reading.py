@@ -20,7 +20,7 @@ from stockpot.evaluation import normalise
 def measure() -> dict[str, dict[str, Any]]:
     """Figures by their names in the bench file."""
     with stocked(1200) as ground:
-        return _reading(ground.snapshot, [photo.image for photo in ground.photos]) | _rereading(ground.snapshot, ground.scratch)
+        return _reading(ground.snapshot, [photo.data for photo in ground.photos]) | _rereading(ground.snapshot, ground.scratch)
 
 
 def _reading(snapshot: Snapshot, images: list[bytes]) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,41 @@ class Preprocess(Closed):
         """The side, in pixels, that images are resized to before the crop."""
         return round(self.size / self.crop_fraction)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input, before its batch."""
+        return (3, self.size, self.size)
+
+    @property
+    def dtype(self) -> str:
+        """Of the input as it is stored and travels; the device makes floats of it."""
+        return "uint8"
+
+
+class Tokens(Closed):
+    """How a text becomes a model's input: the ids a tokeniser made of it, cut at their end or filled up to one length."""
+
+    length: int = Field(ge=1, description="Tokens of every input.")
+    vocabulary: int = Field(ge=1, description="How many tokens there are; a sample with an id from here on is unreadable.")
+    padding: int = Field(ge=0, description="The id that fills up, and that no model attends to.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input, before its batch."""
+        return (self.length,)
+
+    @property
+    def dtype(self) -> str:
+        """Of the input as it is stored and travels."""
+        return "int32"
+
+
+Preparation = Preprocess | Tokens
+"""How a sample becomes a model's input: what tells images from texts, everywhere."""
+
+TEXT_PREFIX = "transformers:"
+"""How the architecture of a text encoder begins."""
+
 
 class BaseSpec(Closed):
     """The base model every trial starts from."""
@@ -64,15 +99,19 @@ class BaseSpec(Closed):
         min_length=1,
         description="An open_clip architecture (`ViT-B-32`), the URI of an open_clip JSON config (which may name a timm image tower), or "
         "`timm:NAME`, such as `timm:vit_base_patch16_224.augreg_in21k`, whose images are prepared as timm does for that name; or your own "
-        "backbone, `package.module:name`, called without arguments.",
+        "backbone, `package.module:name`, called without arguments. For texts, `transformers:` and the address of an encoder's "
+        "`config.json`, or its name on the hub; the samples are then arrays of token ids (`.npy`).",
     )
     weights: str | None = Field(
         None,
-        description="A pretrained tag of that architecture, or the URI of a state dict: safetensors, or torch's format, read without "
-        "running any of it. None: random weights, or what your own backbone comes with.",
+        description="A pretrained tag of that architecture (of a text encoder a revision on the hub, such as `main`), or the URI of a "
+        "state dict: safetensors, or torch's format, read without running any of it. None: random weights, or what your own backbone has.",
     )
     preprocess: Preprocess | None = Field(
         None, description="How images are prepared. None: as the architecture or the tag says; a backbone of your own says nothing."
+    )
+    max_tokens: int = Field(
+        128, ge=1, le=65_536, description="Tokens that a text encoder reads of a sample; longer ones are cut at their end. The paper's 128."
     )
     text_tower: Literal["drop", "keep"] = Field(
         "drop",
@@ -296,11 +335,18 @@ class RetrainRequest(Closed):
 
     @model_validator(mode="after")
     def _text_needs_a_text_tower(self) -> Self:
-        if ":" in self.base.arch and "://" not in self.base.arch:
+        if self.base.arch.startswith(TEXT_PREFIX) or (":" in self.base.arch and "://" not in self.base.arch):
             if self.init.head == "zero_shot":
                 raise ValueError(f"`{self.base.arch}` has no text tower for a zero_shot head; ask for the head linear_probe or random")
             if self.base.text_tower == "keep":
                 raise ValueError(f"`{self.base.arch}` has no text tower to keep; leave `text_tower` at drop")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_no_pixels(self) -> Self:
+        if self.base.arch.startswith(TEXT_PREFIX) and (self.base.preprocess or self.release.torch_export):
+            field = "base.preprocess" if self.base.preprocess else "release.torch_export"
+            raise ValueError(f"`{self.base.arch}` reads tokens and `{field}` is about pixels; leave it out")
         return self
 
 

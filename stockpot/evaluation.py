@@ -1,9 +1,9 @@
 """What a model says about every sample of a split, and how often it is right, as exact counts. Knows tensors; knows no storage.
 
-Pixels come in as uint8 and are normalised on the device that computes: (x / 255 - mean) / std.
+Pixels come in as uint8 and are normalised on the device that computes: (x / 255 - mean) / std. Tokens come in as int32 and stay.
 """
 
-# N samples, B batch, C classes, H height, W width
+# N samples, B batch, C classes, ... the shape of one input: 3, H, W of an image, L of tokens
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stockpot.config import Preprocess
+from stockpot.config import Preparation, Tokens
 from stockpot.outcomes import Accuracy
 
 
@@ -35,9 +35,11 @@ def share(samples: int, rank: int, world: int, batch_size: int) -> range:
     return range(min(first, samples), min(last, samples))
 
 
-def normalise(images_B3HW: Tensor, preprocess: Preprocess, room: Tensor | None = None) -> Tensor:
-    """uint8 images to float32 model input, on their own device. `room`: at least B images of float32 to write into, so that a loop over
-    batches allocates nothing (on a CPU that takes longer than the arithmetic)."""
+def normalise(images_B3HW: Tensor, preprocess: Preparation, room: Tensor | None = None) -> Tensor:
+    """uint8 images to float32 model input, on their own device; tokens are input already. `room`: at least B images of float32 to write
+    into, so that a loop over batches allocates nothing (on a CPU that takes longer than the arithmetic)."""
+    if isinstance(preprocess, Tokens):
+        return images_B3HW
     device = images_B3HW.device
     mean = torch.tensor(preprocess.mean, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(preprocess.std, device=device).view(1, 3, 1, 1) * 255
@@ -47,25 +49,25 @@ def normalise(images_B3HW: Tensor, preprocess: Preprocess, room: Tensor | None =
 
 def logits(
     model: nn.Module,
-    images_N3HW: np.ndarray | Tensor,
-    preprocess: Preprocess,
+    inputs_N: np.ndarray | Tensor,
+    preprocess: Preparation,
     *,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """The model's logits for every image, in order: float32 (N, C) on the CPU.
+    """The model's logits for every input, in order: float32 (N, C) on the CPU.
 
     The model is put in evaluation mode, and back. One fixed batch size gives one fixed result: only the last batch is smaller.
-    With `ranks`, every rank calls this with all N images, computes its share, and gets the logits of all; raises `ValueError` unless each
-    image was evaluated exactly once.
+    With `ranks`, every rank calls this with all N inputs, computes its share, and gets the logits of all; raises `ValueError` unless each
+    was evaluated exactly once.
     """
     if ranks is None:
-        return _in_batches(model, model, images_N3HW, preprocess, batch_size=batch_size, device=device)
-    mine = share(len(images_N3HW), ranks.rank, ranks.world, batch_size)
-    own = images_N3HW[mine.start : mine.stop]
+        return _in_batches(model, model, inputs_N, preprocess, batch_size=batch_size, device=device)
+    mine = share(len(inputs_N), ranks.rank, ranks.world, batch_size)
+    own = inputs_N[mine.start : mine.stop]
     rows = _in_batches(model, model, own, preprocess, batch_size=batch_size, device=device) if mine else torch.empty(0, 0)
-    return _together(rows, mine, len(images_N3HW), ranks, device)
+    return _together(rows, mine, len(inputs_N), ranks, device)
 
 
 def _together(rows_MC: Tensor, mine: range, samples: int, ranks: Ranks, device: str | torch.device) -> Tensor:
@@ -82,19 +84,19 @@ def _together(rows_MC: Tensor, mine: range, samples: int, ranks: Ranks, device: 
 
 
 def features(
-    model: nn.Module, images_N3HW: np.ndarray | Tensor, preprocess: Preprocess, *, batch_size: int = 256, device: str | torch.device = "cpu"
+    model: nn.Module, inputs_N: np.ndarray | Tensor, preprocess: Preparation, *, batch_size: int = 256, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """What the model's head sees (its `features` method) for every image, in order: float32 (N, D) on the CPU."""
+    """What the model's head sees (its `features` method) for every input, in order: float32 (N, D) on the CPU."""
     # torch types every attribute of a Module as Tensor or Module, methods of subclasses too
-    return _in_batches(model, model.features, images_N3HW, preprocess, batch_size=batch_size, device=device)  # type: ignore[arg-type]
+    return _in_batches(model, model.features, inputs_N, preprocess, batch_size=batch_size, device=device)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
 def _in_batches(
     model: nn.Module,
     function: Callable[[Tensor], Tensor],
-    images_N3HW: np.ndarray | Tensor,
-    preprocess: Preprocess,
+    inputs_N: np.ndarray | Tensor,
+    preprocess: Preparation,
     *,
     batch_size: int,
     device: str | torch.device,
@@ -102,11 +104,11 @@ def _in_batches(
     was_training = model.training
     model.to(device).eval()
     rows = []
-    room = torch.empty((min(batch_size, len(images_N3HW)), *images_N3HW.shape[1:]), device=device)
-    for start in range(0, len(images_N3HW), batch_size):
-        part = images_N3HW[start : start + batch_size]
-        images_B3HW = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-        rows.append(function(normalise(images_B3HW.to(device), preprocess, room)).to("cpu", torch.float32, copy=True))
+    room = None if isinstance(preprocess, Tokens) else torch.empty((min(batch_size, len(inputs_N)), *inputs_N.shape[1:]), device=device)
+    for start in range(0, len(inputs_N), batch_size):
+        part = inputs_N[start : start + batch_size]
+        inputs_B = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+        rows.append(function(normalise(inputs_B.to(device), preprocess, room)).to("cpu", torch.float32, copy=True))
     model.train(was_training)
     return torch.cat(rows)
 

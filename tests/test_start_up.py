@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = "('torch', 'torchvision', 'mlflow', 'open_clip', 'timm', 's3fs', 'webdataset', 'matplotlib')"
+HEAVY = "('torch', 'torchvision', 'mlflow', 'open_clip', 'timm', 'transformers', 's3fs', 'webdataset', 'matplotlib')"
 
 
 @pytest.mark.parametrize("module", ["flows.retrain", "flows.finetune", "flows.soup", "flows.approve", "deployments.cli"])

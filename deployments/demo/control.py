@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deployments.demo.digits import publish_digits
 from deployments.demo.pretraining import pretrain
-from stockpot.config import BaseSpec, InitSpec, Preprocess, SoupSpec, SweepSpec
+from stockpot.config import BaseSpec, InitSpec, SoupSpec, SweepSpec
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.evaluation import accuracy, logits
@@ -91,7 +91,7 @@ class Table:
     """One seed: everything its sweeps share."""
 
     def __init__(self, config: ModelConfig, init: Weights, main: Snapshot, test: Snapshot, soup: SoupSpec) -> None:
-        self.preprocess: Preprocess = config.preprocess
+        self.preprocess = config.preprocess
         self.model: Classifier = build(config)
         self.init, self.main, self.soup = init, main, soup
         self.splits: dict[str, Pixels] = {

@@ -54,7 +54,7 @@ def test_pictures(seed: int) -> list[tuple[bytes, str]]:
 
     bunch = load_digits()
     test = _parts(len(bunch.images), seed)["digits-test"]
-    return [(sample.image, CLASSES[sample.label]) for sample in _samples(test, _pixels(bunch), bunch.target)]
+    return [(sample.data, CLASSES[sample.label]) for sample in _samples(test, _pixels(bunch), bunch.target)]
 
 
 def _pixels(bunch: Any) -> np.ndarray[Any, Any]:

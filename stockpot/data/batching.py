@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stockpot.config import Preprocess
+from stockpot.config import Preparation
 from stockpot.data.epochs import derive
-from stockpot.data.images import Augment, Undecodable, decode, eval_transform
+from stockpot.data.images import Undecodable
+from stockpot.data.preparing import Augment, as_evaluated, decoded
 from stockpot.data.snapshots import Snapshot
 
-# B images of a batch, S side in pixels
+# B samples of a batch, S side in pixels, L tokens
 
 OPEN_FILES = 64
 """Shard files a process keeps open."""
@@ -34,7 +35,7 @@ class Made(NamedTuple):
     """One batch made, and what it took."""
 
     images: Tensor
-    """uint8 B3SS."""
+    """uint8 B3SS, or tokens int32 BL."""
     labels: Tensor
     """int64 B."""
     counts: dict[str, int]
@@ -47,7 +48,7 @@ class Maker(Dataset[Made]):
     """Makes batches; it travels to loader workers as it is, without open files."""
 
     snapshot: Snapshot
-    preprocess: Preprocess
+    preprocess: Preparation
     augment: Augment | None
     seed: int
     _files: dict[int, int] = field(default_factory=dict)
@@ -60,27 +61,26 @@ class Maker(Dataset[Made]):
         """One batch from the node cache."""
         rows = self.snapshot.index.rows[wanted.ids]
         data = map(self._read, rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist())
-        return self.assemble(wanted, list(map(self.image, data, wanted.ids.tolist(), repeat(wanted.epoch))))
+        return self.assemble(wanted, list(map(self.input, data, wanted.ids.tolist(), repeat(wanted.epoch))))
 
-    def image(self, data: bytes, sample: int, epoch: int) -> Tensor | str:
-        """The input uint8 3SS of one sample, or why there is none."""
+    def input(self, data: bytes, sample: int, epoch: int) -> Tensor | str:
+        """The model's input for one sample, or why there is none."""
         try:
-            image = decode(data)
+            raw = decoded(data, self.preprocess)
         except Undecodable as reason:
             return str(reason)
         if self.augment is None:
-            return eval_transform(image, self.preprocess)
-        return self.augment(image, derive(self.seed, epoch, sample))
+            return as_evaluated(raw, self.preprocess)
+        return self.augment(raw, derive(self.seed, epoch, sample))
 
-    def assemble(self, wanted: Wanted, images: list[Tensor | str]) -> Made:
+    def assemble(self, wanted: Wanted, inputs: list[Tensor | str]) -> Made:
         """A batch of what could be decoded."""
         rows = self.snapshot.index.rows[wanted.ids]
-        good = [place for place, image in enumerate(images) if isinstance(image, Tensor)]
-        skipped = [self._where(wanted.ids[place], image) for place, image in enumerate(images) if isinstance(image, str)]
-        side = self.preprocess.size
-        batch = torch.stack([image for image in images if isinstance(image, Tensor)]) if good else torch.empty(0, 3, side, side).byte()
+        good = [place for place, one in enumerate(inputs) if isinstance(one, Tensor)]
+        skipped = [self._where(wanted.ids[place], one) for place, one in enumerate(inputs) if isinstance(one, str)]
+        batch = torch.stack([one for one in inputs if isinstance(one, Tensor)]) if good else torch.empty(0, *self.preprocess.shape)
         labels = torch.from_numpy(rows["label"][good].astype(np.int64))
-        counts = {"planned": len(images), "read": len(good), "skipped": len(skipped), **self._fetched}
+        counts = {"planned": len(inputs), "read": len(good), "skipped": len(skipped), **self._fetched}
         self._fetched.clear()
         return Made(batch, labels, counts, skipped)
 

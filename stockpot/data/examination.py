@@ -7,16 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from stockpot.data.images import Undecodable, decode
+from stockpot.data.images import Undecodable
 from stockpot.data.indexing import SCHEMA
+from stockpot.data.preparing import content_digest
 from stockpot.errors import DataError
 
-UNREADABLE = "unreadable image"
+UNREADABLE = "unreadable sample"
 
 KEPT = 20
 """Examples kept of each kind of problem; all are counted."""
@@ -87,7 +86,7 @@ class Problems:
             self.add("duplicate key", first, row["key"], f"found {row['key_count']} times, the last in shard {last}; keys must be unique")
 
     def raise_unless_within(self, skip_fraction: float, samples: int) -> int:
-        """Raise `ProblemsFound` for anything but unreadable images within the budget; returns their number."""
+        """Raise `ProblemsFound` for anything but unreadable samples within the budget; returns their number."""
         unreadable = self.counts[UNREADABLE]
         total = sum(self.counts.values())
         if total == unreadable and unreadable <= skip_fraction * samples:
@@ -99,11 +98,11 @@ class Problems:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sample whose picture lies at `offset` of a shard."""
+    """A sample whose image or tokens lie at `offset` of a shard."""
 
     key: str
     offset: int
-    image: bytes
+    data: bytes
     label: int
     fields: Mapping[str, Any]
 
@@ -116,8 +115,8 @@ class Examiner:
     group_by: str = "pixels"
 
     def rows(self, shard: int, name: str, candidates: list[Candidate], pool: ThreadPoolExecutor, problems: Problems) -> pa.Table:
-        """Rows of the shard at place `shard` of the manifest, in the given order. Pictures are decoded in the pool."""
-        digests = list(pool.map(_digest, (candidate.image for candidate in candidates)))
+        """Rows of the shard at place `shard` of the manifest, in the given order. They are decoded in the pool."""
+        digests = list(pool.map(_digest, (candidate.data for candidate in candidates)))
         return pa.Table.from_pylist(
             [self._row(shard, name, sample, seen, problems) for sample, seen in zip(candidates, digests, strict=True)], schema=ROWS
         )
@@ -128,9 +127,9 @@ class Examiner:
             problems.add("label out of range", name, sample.key, f"label {sample.label} is outside 0..{highest}")
         if isinstance(seen, str):
             problems.add(UNREADABLE, name, sample.key, seen)
-        digest = hashlib.sha256(sample.image).digest() if isinstance(seen, str) else seen
+        digest = hashlib.sha256(sample.data).digest() if isinstance(seen, str) else seen
         return {
-            "key": sample.key, "shard": shard, "offset": sample.offset, "size": len(sample.image), "label": sample.label,
+            "key": sample.key, "shard": shard, "offset": sample.offset, "size": len(sample.data), "label": sample.label,
             "digest": digest, "group": self._group(digest, sample, name, problems), "readable": not isinstance(seen, str),
         }  # fmt: skip
 
@@ -142,13 +141,8 @@ class Examiner:
         return str(sample.fields.get(self.group_by)).encode()
 
 
-def pixel_digest(pixels_3HW: NDArray[np.uint8]) -> bytes:
-    """sha256 of the decoded image and its shape: equal for the same picture in another file format."""
-    return hashlib.sha256(repr(pixels_3HW.shape).encode() + np.ascontiguousarray(pixels_3HW).tobytes()).digest()
-
-
-def _digest(image: bytes) -> bytes | str:
+def _digest(data: bytes) -> bytes | str:
     try:
-        return pixel_digest(decode(image).numpy())
+        return content_digest(data)
     except Undecodable as reason:
         return str(reason)

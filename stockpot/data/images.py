@@ -9,7 +9,6 @@
 """
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,17 +18,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from stockpot.config import Preprocess
-from stockpot.digests import short
-
-DECODING = 1
-"""Number of the rules above; part of every transform digest."""
-
-Augment = Callable[[Tensor, int], Tensor]
-"""(decoded image uint8 3HW, seed of this sample in this epoch) -> uint8 3SS."""
 
 
 class Undecodable(ValueError):
-    """These bytes are no image; the message is the reason."""
+    """These bytes are not what a sample holds; the message is the reason."""
 
 
 def decode(data: bytes) -> Tensor:
@@ -57,11 +49,6 @@ def eval_transform(image: Tensor, preprocess: Preprocess) -> Tensor:
         image = functional.resize(image, target, interpolation=mode, antialias=True)
     pixels: Tensor = functional.center_crop(image, [preprocess.size] * 2)
     return pixels
-
-
-def transform_digest(preprocess: Preprocess) -> str:
-    """Identity of the evaluation transform, decoding included: accuracies with different digests are never compared."""
-    return short([preprocess, DECODING])
 
 
 def _decode_with_pillow(data: bytes) -> Tensor:

@@ -1,6 +1,7 @@
-"""Evaluation input: every sample of a split once, preprocessed to uint8, memory-mapped, built once per node and shared by all trials."""
+"""Evaluation input: every sample of a split once, preprocessed, memory-mapped, built once per node and shared by all trials."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,28 +15,29 @@ import PIL
 import torchvision
 from numpy.typing import NDArray
 
-from stockpot.config import Preprocess
-from stockpot.data.images import Undecodable, decode, eval_transform, transform_digest
+from stockpot.config import Preparation
+from stockpot.data.images import Undecodable
 from stockpot.data.node_cache import NodeCache, locked, written
+from stockpot.data.preparing import prepare, transform_digest
 from stockpot.data.snapshots import Snapshot
 from stockpot.digests import file_digest, short
 from stockpot.errors import SkipBudgetExceeded, SnapshotBroken
 
-# N samples of the split, S side in pixels
+# N samples of the split, S side in pixels, L tokens
 
 
 @dataclass(frozen=True)
 class Pixels:
     """A split, ready for the model."""
 
-    images: NDArray[np.uint8]
-    """Memory-mapped, read-only, N3SS; normalise on the device."""
+    images: NDArray[np.uint8] | NDArray[np.int32]
+    """Memory-mapped, read-only, N3SS, or tokens NL; normalise on the device."""
     labels: NDArray[np.int64]
     keys: tuple[str, ...]
     transform_digest: str
 
 
-def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
+def pixels(snapshot: Snapshot, split: str, preprocess: Preparation) -> Pixels:
     """Every sample of a split in index order, none skipped. Raises `SkipBudgetExceeded` naming the first unreadable one."""
     start = snapshot.first(split)
     with NodeCache().hold(snapshot.digest, snapshot.contents):
@@ -44,11 +46,11 @@ def pixels(snapshot: Snapshot, split: str, preprocess: Preprocess) -> Pixels:
         images = np.load(folder / "images.npy", mmap_mode="r")
         keys = tuple(snapshot.index.keys(start, start + len(rows)))
     if not len(images) == len(rows) == len(keys):
-        raise SnapshotBroken(f"{folder} holds {len(images):,} pictures of {split}, the manifest says {len(rows):,}; remove the folder.")
+        raise SnapshotBroken(f"{folder} holds {len(images):,} samples of {split}, the manifest says {len(rows):,}; remove the folder.")
     return Pixels(images, rows["label"].astype(np.int64), keys, transform_digest(preprocess))
 
 
-def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArray[np.void]) -> Path:
+def _folder(snapshot: Snapshot, split: str, preprocess: Preparation, rows: NDArray[np.void]) -> Path:
     """The folder of this split on this node, built under a lock if need be."""
     versions = [torchvision.__version__, PIL.__version__]
     identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), versions])}"
@@ -62,7 +64,7 @@ def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArra
             return folder
         for stale in (folder, *folder.parent.glob(f"{identity}.*.part")):
             shutil.rmtree(stale, ignore_errors=True)
-        cache.require_space(len(rows) * 3 * preprocess.size**2)
+        cache.require_space(len(rows) * math.prod(preprocess.shape) * np.dtype(preprocess.dtype).itemsize)
         part = Path(tempfile.mkdtemp(prefix=f"{identity}.", suffix=".part", dir=folder.parent))
         try:
             _build(part / "images.npy", snapshot, preprocess, rows)
@@ -73,9 +75,9 @@ def _folder(snapshot: Snapshot, split: str, preprocess: Preprocess, rows: NDArra
     return folder
 
 
-def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray[np.void]) -> None:
+def _build(path: Path, snapshot: Snapshot, preprocess: Preparation, rows: NDArray[np.void]) -> None:
     with written(path):
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), 3, preprocess.size, preprocess.size))
+        images = np.lib.format.open_memmap(path, "w+", preprocess.dtype, (len(rows), *preprocess.shape))
         with path.open("r+b") as file:  # a disk that fills up under a mapped file kills the process without a word
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     bounds = np.flatnonzero(np.diff(rows["shard"], prepend=-1, append=-1))
@@ -88,8 +90,8 @@ def _build(path: Path, snapshot: Snapshot, preprocess: Preprocess, rows: NDArray
             places = zip(some["offset"].tolist(), some["size"].tolist(), strict=True)
             encoded = (bytes(data[offset : offset + size]) for offset, size in places)
             try:
-                for at, image in enumerate(pool.map(lambda one: eval_transform(decode(one), preprocess), encoded), int(start)):
-                    images[at] = image.numpy()
+                for at, one in enumerate(pool.map(lambda data: prepare(data, preprocess), encoded), int(start)):
+                    images[at] = one.numpy()
             except Undecodable as reason:
                 raise SkipBudgetExceeded(
                     f"A sample of shard {snapshot.manifest.shards[shard].key} {reason}; an evaluation allows none. Publish a new snapshot."

@@ -31,17 +31,19 @@ SHARD_BYTES = 128 * 2**20
 """Default size at which a shard is closed: large enough for storage, small enough that a node fetches several at once."""
 
 EXAMINED_AT_ONCE = 64
-"""Samples whose pictures are in memory while they are decoded."""
+"""Samples that are in memory while they are decoded."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its label, as a source gives it."""
+    """One image, or one text as tokens, with its label, as a source gives it."""
 
     key: str
-    image: bytes
+    data: bytes
+    """An encoded image, or an array of token ids as `stockpot.data.tokens` reads it."""
     label: int
     extension: str = "png"
+    """`npy` for tokens."""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,7 +94,7 @@ def publish(
     """Store a dataset under `root` and return its snapshot.
 
     `splits` draws train, held_out and gate (`SplitSpec`), or names the one split of the whole snapshot. `extends` takes over the rule of
-    an older snapshot, so that none of its samples changes split. `skip_fraction` is the share of undecodable pictures that may stay in,
+    an older snapshot, so that none of its samples changes split. `skip_fraction` is the share of undecodable samples that may stay in,
     always as train. Raises `ProblemsFound` with every problem of the source at once, `DataError` when a split lacks a class.
     """
     examiner = Examiner(classes, splits.group_by if isinstance(splits, SplitSpec) else "pixels")
@@ -111,7 +113,7 @@ def publish(
             finished.append(one)
             done += one.rows.num_rows
         if not done:
-            raise DataError(f"The source of {name} holds no samples; a snapshot needs at least one picture with a label.")
+            raise DataError(f"The source of {name} holds no samples; a snapshot needs at least one sample with a label.")
         pinned = finish(
             root, name, classes, finished, folder=Path(folder),
             splits=splits, extends=extends, skip_fraction=skip_fraction, least_per_class=least_per_class,
@@ -164,8 +166,8 @@ class _Writing:
 
 
 def _append(tar: TarWriter, sample: Sample) -> Candidate:
-    """Write one sample; returns it with the place of its picture in the tar."""
-    members = {sample.extension: sample.image, "cls": str(sample.label).encode()}
+    """Write one sample; returns it with the place of its data in the tar."""
+    members = {sample.extension: sample.data, "cls": str(sample.label).encode()}
     if sample.fields:
         members["json"] = json.dumps(sample.fields, sort_keys=True).encode()
     offset = tar.tarstream.offset + 512
@@ -174,7 +176,7 @@ def _append(tar: TarWriter, sample: Sample) -> Candidate:
             break
         offset += 512 + -(-len(members[extension]) // 512) * 512
     tar.write({"__key__": sample.key, **members})
-    return Candidate(sample.key, offset, sample.image, sample.label, sample.fields)
+    return Candidate(sample.key, offset, sample.data, sample.label, sample.fields)
 
 
 class _Hashing:

@@ -17,12 +17,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from stockpot.config import Preprocess
+from stockpot.config import Preparation
 from stockpot.data.batching import Made, Maker, Wanted
 from stockpot.data.epochs import EpochPlan
-from stockpot.data.images import Augment, decode, eval_transform, transform_digest
+from stockpot.data.images import decode, eval_transform
 from stockpot.data.node_cache import Fetched, NodeCache
 from stockpot.data.pixel_store import Pixels, pixels
+from stockpot.data.preparing import Augment, transform_digest
 from stockpot.data.snapshots import Snapshot
 from stockpot.data.stopping import until_failure
 from stockpot.data.streaming import StreamedBytes
@@ -36,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 FETCHED_AT_ONCE = 4
 
-# B images of a batch, S side in pixels
+# B samples of a batch, S side in pixels, L tokens
 
 
 class Batch(NamedTuple):
-    """One step's images, as they left the loader: normalise on the device."""
+    """One step's images, or texts, as they left the loader: normalise on the device."""
 
     images: Tensor
-    """uint8 B3SS."""
+    """uint8 B3SS, or tokens int32 BL."""
     labels: Tensor
     """int64 B."""
 
@@ -53,7 +54,7 @@ class TrainReader:
 
     The order depends only on (snapshot, seed, epoch): not on `loader_workers` or `reading`, and `batches(epoch, skip=n)` goes on exactly
     where n batches left off. `batch_size` is over all ranks; each of `world` ranks gets its share of every batch. `augment` gets the
-    decoded image and a seed derived from (seed, epoch, sample); None stands for the evaluation transform. `reading` is `cached` (shards on
+    decoded sample and a seed derived from (seed, epoch, sample); None stands for the evaluation transform. `reading` is `cached` (shards on
     this node's disk), `streamed` (nothing on disk), or `auto`: cached where the snapshot fits, said through `say`.
     """
 
@@ -61,7 +62,7 @@ class TrainReader:
         self,
         snapshot: Snapshot,
         *,
-        preprocess: Preprocess,
+        preprocess: Preparation,
         augment: Augment | None,
         batch_size: int,
         seed: int,
@@ -152,12 +153,12 @@ class TrainReader:
         yield from self._loader
 
     def _streamed(self, epoch: int, skip: int) -> Generator[Made, None, None]:
-        """From storage; pictures are decoded by `loader_workers` threads of this process (decoding releases the interpreter lock)."""
+        """From storage; samples are decoded by `loader_workers` threads of this process (decoding releases the interpreter lock)."""
         stream = StreamedBytes(self.snapshot, self.plan, epoch, skip)
         with stream.running(), ThreadPoolExecutor(max(1, self.loader_workers), "stockpot-decode") as pool:
             for ids in self.plan.batches(epoch, skip):
                 data = [stream.read(sample) for sample in ids.tolist()]
-                yield self._maker.assemble(Wanted(epoch, ids), list(pool.map(self._maker.image, data, ids.tolist(), repeat(epoch))))
+                yield self._maker.assemble(Wanted(epoch, ids), list(pool.map(self._maker.input, data, ids.tolist(), repeat(epoch))))
                 stream.done_with(int(ids[-1]))
         self.counters.update(stream.counts)
 

@@ -17,19 +17,19 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from stockpot.data.epochs import EpochPlan
 from stockpot.data.snapshots import Snapshot
 from stockpot.data.stopping import until_failure
-from stockpot.data.tars import IMAGES
+from stockpot.data.tars import input_extensions
 from stockpot.errors import SnapshotBroken
 
 FETCHED_AT_ONCE = 4
 
 
 class _Shard(NamedTuple):
-    images: dict[int, bytes]
+    data: dict[int, bytes]
     counts: dict[str, int]
 
 
 class StreamedBytes:
-    """Encoded images by sample id, for one pass over an epoch plan from a batch on."""
+    """Encoded samples by id, for one pass over an epoch plan from a batch on."""
 
     def __init__(self, snapshot: Snapshot, plan: EpochPlan, epoch: int, skip: int) -> None:
         self.snapshot, self.plan = snapshot, plan
@@ -56,7 +56,7 @@ class StreamedBytes:
                     return group[sample]
             arrived = [future.result() for future in self._ahead]
             self._ahead = self._request()
-            self._groups.append({number: data for shard in arrived for number, data in shard.images.items()})
+            self._groups.append({number: data for shard in arrived for number, data in shard.data.items()})
             for shard in arrived:
                 self.counts.update(shard.counts)
 
@@ -83,11 +83,11 @@ class StreamedBytes:
         ids = dict(zip(self.snapshot.index.keys(start, stop), range(start, stop), strict=True))
         data, retries = self.snapshot.read_shard(shard)
         samples = group_by_keys(tar_file_expander([{"url": uri, "stream": io.BytesIO(data)}]))
-        found = {ids[sample["__key__"]]: _image(sample) for sample in samples if sample.get("__key__") in ids}
+        found = {ids[sample["__key__"]]: _input(sample) for sample in samples if sample.get("__key__") in ids}
         if len(found) != len(ids):
             raise SnapshotBroken(f"Shard {uri} gave {len(found)} of the {len(ids)} samples its index names; publish a new snapshot.")
         return _Shard(found, {"bytes_from_storage": len(data), "retries": retries})
 
 
-def _image(sample: dict[str, Any]) -> bytes:
-    return next(bytes(data) for name, data in sample.items() if name in IMAGES)
+def _input(sample: dict[str, Any]) -> bytes:
+    return bytes(sample[input_extensions(sample)[0]])

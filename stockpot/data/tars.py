@@ -9,7 +9,7 @@ the key is the path up to the first dot of its last part, the rest is the extens
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,6 +18,9 @@ from stockpot.data.examination import Problems
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 """Extensions that are the sample's picture."""
+
+TOKENS = frozenset({"npy"})
+"""Extensions that are the sample's text, as token ids, where it has no picture."""
 
 BLOCK = 512
 
@@ -38,7 +41,7 @@ class Entry:
 
 
 class Found(NamedTuple):
-    """A sample that can be read: its picture's place, label and json fields."""
+    """A sample that can be read: the place of its picture or tokens, label and json fields."""
 
     key: str
     extension: str
@@ -143,18 +146,18 @@ def _adjacent(entries: list[Entry], name: str, problems: Problems) -> list[Entry
 
 
 def _sample(file: BinaryIO, entry: Entry, name: str, classes: tuple[str, ...] | None, problems: Problems) -> Found | None:
-    pictures = [extension for extension in entry.members if extension in IMAGES]
+    pictures = input_extensions(entry.members)
     if len(pictures) > 1:
         problems.add("two images", name, entry.key, f"it has .{' and .'.join(pictures)}; a sample has one")
         return None
     if not pictures:
-        dotted = [extension for extension in entry.members if extension.rpartition(".")[2] in IMAGES]
+        dotted = [extension for extension in entry.members if extension.rpartition(".")[2] in IMAGES | TOKENS]
         if dotted:
             problems.add(
                 "dots in name", name, entry.key, f"{entry.key}.{dotted[0]} has more than one dot, so others share its key; rename it"
             )
         else:
-            problems.add("missing image", name, entry.key, f"it has only .{', .'.join(entry.members)}")
+            problems.add("missing image", name, entry.key, f"it has only .{', .'.join(entry.members)}, neither an image nor tokens (.npy)")
         return None
     fields: dict[str, Any] = {}
     if "json" in entry.members:
@@ -167,6 +170,12 @@ def _sample(file: BinaryIO, entry: Entry, name: str, classes: tuple[str, ...] | 
     if label is None:
         return None
     return Found(entry.key, pictures[0], entry.members[pictures[0]], label, fields)
+
+
+def input_extensions(extensions: Iterable[str]) -> list[str]:
+    """Those that hold a sample's input: its pictures, or where there is none its tokens. A whole sample has one."""
+    members = list(extensions)
+    return [one for one in members if one in IMAGES] or [one for one in members if one in TOKENS]
 
 
 def _label(

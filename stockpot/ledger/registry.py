@@ -32,9 +32,12 @@ from stockpot.outcomes import GateDecision, ModelVersion
 
 SERVED_FILE = Path(__file__).with_name("served_model.py")
 """What every version carries as its code."""
+SERVED_TEXT_FILE = Path(__file__).with_name("served_text.py")
+"""The same of a text encoder."""
 
 ALIASES = ("champion", "challenger", "previous")
 SERVED_WITH = ("mlflow", "torch", "torchvision", "open_clip_torch", "timm", "safetensors", "numpy", "pandas", "pillow")
+TEXT_SERVED_WITH = ("mlflow", "torch", "transformers", "safetensors", "numpy", "pandas")
 
 
 GREY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mOoBwAAgQCAfhwpxwAAAABJRU5ErkJggg==")
@@ -160,9 +163,10 @@ def fetch_version(version: ModelVersion, folder: Path) -> Path:
 
 
 def try_out(package: Path) -> None:
-    """Load a downloaded version as a consumer does and ask it about one image. Raises `RegistryError` when it does not load or answer."""
+    """Load a downloaded version as a consumer does and ask it about one image or text. Raises `RegistryError` when it does not answer."""
     try:
-        (answer,) = mlflow.pyfunc.load_model(str(package)).predict([{"image": GREY_PNG}])
+        config = json.loads(next(package.glob("artifacts/*/model.json")).read_bytes())
+        (answer,) = mlflow.pyfunc.load_model(str(package)).predict([_smallest_input(config)])
         found = "" if math.isfinite(answer["probability"]) else f"its probability is {answer['probability']}"
     except Exception as error:
         raise RegistryError(f"The model does not answer when loaded as a service loads it ({error}); it gets no alias.") from error
@@ -254,7 +258,8 @@ def load(name: str) -> Any:
 
 
 def signature(config: dict[str, Any]) -> ModelSignature:
-    """One binary column `image` in, `top_k` as a parameter; a label, its probability and the `top_k` likeliest of both out.
+    """One column in, binary `image` or lists of ids `tokens`, with `top_k` as a parameter; a label, its probability, and the `top_k`
+    likeliest of both out.
 
     A version with a text tower takes `labels` and `templates` too, and then answers about those.
     """
@@ -262,7 +267,8 @@ def signature(config: dict[str, Any]) -> ModelSignature:
     outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability"), ColSpec(top, "top")])
     texts = {"labels": [], "templates": ["a photo of a {}."]} if config.get("keep_text") else {}
     params = [ParamSpec("top_k", DataType.long, 1), *(ParamSpec(name, DataType.string, value, (-1,)) for name, value in texts.items())]
-    return ModelSignature(inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=outputs, params=ParamSchema(params))
+    inputs = ColSpec(Array(DataType.long), "tokens") if _is_text(config) else ColSpec(DataType.binary, "image")
+    return ModelSignature(inputs=Schema([inputs]), outputs=outputs, params=ParamSchema(params))
 
 
 def requirements(config: dict[str, Any]) -> list[str]:
@@ -271,15 +277,27 @@ def requirements(config: dict[str, Any]) -> list[str]:
     A backbone of the user's own brings the package it is imported from, if it was installed as one.
     """
     own = config["arch"]["name"].partition(":")[0].partition(".")[0] if config.get("kind") == "imported" else ""
-    names = (*SERVED_WITH, *packages_distributions().get(own, ()))
+    names = TEXT_SERVED_WITH if _is_text(config) else (*SERVED_WITH, *packages_distributions().get(own, ()))
     return [f"{name}=={installed(name).partition('+')[0]}" for name in names]
+
+
+def _is_text(config: dict[str, Any]) -> bool:
+    return bool(config.get("kind") == "transformers")
+
+
+def _smallest_input(config: dict[str, Any]) -> dict[str, Any]:
+    """One row that every version of that config answers."""
+    if not _is_text(config):
+        return {"image": GREY_PNG}
+    tokens = config["preprocess"]
+    return {"tokens": [(tokens["padding"] + 1) % tokens["vocabulary"]]}
 
 
 def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str, torch_export: bool) -> Path:
     """The MLflow model directory. MLmodel records where its code came from, so the file is copied to a neutral place first."""
     code = scratch / "served_model.py"
-    shutil.copyfile(SERVED_FILE, code)
     config = json.loads((folder / "model.json").read_text())
+    shutil.copyfile(SERVED_TEXT_FILE if _is_text(config) else SERVED_FILE, code)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input example.*")  # an image in every version, for a schema that is written above
         mlflow.pyfunc.save_model(

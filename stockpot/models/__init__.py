@@ -1,1 +1,1 @@
-"""The door to architectures and weights: open_clip, timm, or a backbone of the user's own, all as one `Classifier`."""
+"""The door to architectures and weights: open_clip, timm, transformers, or a backbone of the user's own, all as one `Classifier`."""

@@ -1,4 +1,4 @@
-"""The base model of a sweep, whatever door it comes through: its config without classes, its image tower's weights, its text tower."""
+"""The base model of a sweep, whatever door it comes through: its config without classes, the weights of its tower, its text tower."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stockpot.config import BaseSpec, Preprocess
+from stockpot.config import TEXT_PREFIX, BaseSpec, Preparation, Tokens
 from stockpot.errors import ModelError
-from stockpot.models import clip, imported, timm_towers
+from stockpot.models import clip, encoders, imported, timm_towers
 from stockpot.models.classifier import Kind, ModelConfig
 from stockpot.models.clip import TextTower
 from stockpot.models.naming import is_uri
 
-DOORS: dict[Kind, Any] = {"open_clip": clip, "timm": timm_towers, "imported": imported}
-"""Each has `describe`, a base to its arch and preprocessing, and `load`, these to the image tower's weights and a text tower or None."""
+DOORS: dict[Kind, Any] = {"open_clip": clip, "timm": timm_towers, "transformers": encoders, "imported": imported}
+"""Each has `describe`, a base to its arch and preparation, and `load`, these to the tower's weights and a text tower or None."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Base:
 
     kind: Kind
     arch: dict[str, Any]
-    preprocess: Preprocess
+    preprocess: Preparation
     tower: dict[str, Tensor]
-    """The image tower's weights, under its own names."""
+    """The weights of the image tower or text encoder, under its own names."""
     text: TextTower | None
 
     def config(self, classes: tuple[str, ...], *, keep_text: bool = False, frozen_head: bool = False) -> ModelConfig:
@@ -53,9 +53,11 @@ def load_base(base: BaseSpec, *, seed: int = 0) -> Base:
     return Base(kind, arch, preprocess, tower, text)
 
 
-def _described(base: BaseSpec) -> tuple[Kind, dict[str, Any], Preprocess]:
+def _described(base: BaseSpec) -> tuple[Kind, dict[str, Any], Preparation]:
     kind = _kind(base)
     arch, own = DOORS[kind].describe(base)
+    if isinstance(own, Tokens):
+        return kind, arch, own
     if base.preprocess and base.preprocess.size != own.size:
         raise ModelError(
             f"`{base.arch}` takes {own.size} x {own.size} pixels, `preprocess` says {base.preprocess.size}; write `size: {own.size}`."
@@ -64,6 +66,8 @@ def _described(base: BaseSpec) -> tuple[Kind, dict[str, Any], Preprocess]:
 
 
 def _kind(base: BaseSpec) -> Kind:
+    if base.arch.startswith(TEXT_PREFIX):
+        return "transformers"
     if base.arch.startswith(timm_towers.PREFIX):
         return "timm"
     return "imported" if ":" in base.arch and not is_uri(base.arch) else "open_clip"

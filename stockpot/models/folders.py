@@ -5,7 +5,7 @@ something else, under another version of a library or with an activation put rig
 it is refused instead of being averaged, judged or served.
 """
 
-# C classes, P probe inputs, S side in pixels
+# C classes, P probe inputs
 
 import hashlib
 import math
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stockpot.checkpoints import load_weights, save_weights
+from stockpot.config import Preparation, Tokens
 from stockpot.digests import canonical
 from stockpot.errors import ModelError
 from stockpot.fields import Closed
@@ -55,10 +56,10 @@ def read_model(folder: Path) -> Classifier:
 
 def fingerprint(model: Classifier) -> Fingerprint:
     """The model's own, whatever its device and mode, which stay as they are."""
-    probes_P3SS = _probes(model.config.preprocess.size)
-    rows = _logits(model, probes_P3SS).tolist()
+    probes_P = probes(model.config.preprocess)
+    rows = _logits(model, probes_P).tolist()
     logits = tuple(tuple(value if math.isfinite(value) else None for value in row) for row in rows)
-    return Fingerprint(inputs=_digest(probes_P3SS), logits=logits)
+    return Fingerprint(inputs=_digest(probes_P), logits=logits)
 
 
 def check_fingerprint(model: Classifier, folder: Path) -> None:
@@ -83,19 +84,24 @@ def check_fingerprint(model: Classifier, folder: Path) -> None:
         )
 
 
-def _probes(side: int) -> Tensor:
-    """The same pictures of noise on every machine, between -1 and 1: float32 (P, 3, S, S)."""
-    noise = np.random.default_rng(2203).integers(0, 256, (PROBES, 3, side, side), np.uint8)
-    return torch.from_numpy(noise).float() / 127.5 - 1
+def probes(preparation: Preparation) -> Tensor:
+    """The same noise on every machine as a model's input: pictures between -1 and 1, float32 (P, 3, S, S), or tokens, int32 (P, L), the
+    last one filled up from its middle on."""
+    noise = np.random.default_rng(2203)
+    if isinstance(preparation, Tokens):
+        tokens_PL = noise.integers(0, preparation.vocabulary, (PROBES, preparation.length), np.int32)
+        tokens_PL[-1, (preparation.length + 1) // 2 :] = preparation.padding
+        return torch.from_numpy(tokens_PL)
+    return torch.from_numpy(noise.integers(0, 256, (PROBES, *preparation.shape), np.uint8)).float() / 127.5 - 1
 
 
-def _digest(probes_P3SS: Tensor) -> str:
-    return hashlib.sha256(probes_P3SS.numpy().tobytes()).hexdigest()
+def _digest(probes_P: Tensor) -> str:
+    return hashlib.sha256(probes_P.numpy().tobytes()).hexdigest()
 
 
 @torch.inference_mode()
-def _logits(model: Classifier, probes_P3SS: Tensor) -> Tensor:
+def _logits(model: Classifier, probes_P: Tensor) -> Tensor:
     device, training = next(model.parameters()).device, model.training
-    logits_PC: Tensor = model.cpu().eval()(probes_P3SS)
+    logits_PC: Tensor = model.cpu().eval()(probes_P)
     model.to(device).train(training)
     return logits_PC

@@ -13,7 +13,7 @@ from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import logits
 from stockpot.models.classifier import ModelConfig
-from stockpot.models.folders import read_model
+from stockpot.models.folders import probes, read_model
 from stockpot.outcomes import ModelVersion
 from stockpot.release.judging import Answers, Contender, Evidence, Side, incomparable
 from stockpot.soup.statistics import calibration_error, right
@@ -61,12 +61,11 @@ class _Taster:
 
     @torch.inference_mode()
     def seconds(self) -> float:
-        """One image through the model, device time included."""
-        side = self._config.preprocess.size
-        image_13SS = torch.zeros(1, 3, side, side, device=self._device)
+        """One input through the model, device time included."""
+        input_1 = probes(self._config.preprocess)[:1].to(self._device)
         self._model.to(self._device).eval()
         began = time.perf_counter()
-        self._model(image_13SS).cpu()
+        self._model(input_1).cpu()
         return time.perf_counter() - began
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stockpot.config import GateSpec, Preprocess
+from stockpot.config import GateSpec, Preparation
 from stockpot.digests import digest
 from stockpot.errors import RegistryError
 from stockpot.fields import Closed
@@ -50,7 +50,7 @@ class Contender(Closed):
     weights_sha256: str
     weights_bytes: int
     classes: tuple[str, ...]
-    preprocess: Preprocess
+    preprocess: Preparation
 
 
 class Evidence(Closed):

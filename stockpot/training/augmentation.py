@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as images
 from torchvision.transforms.v2.functional import InterpolationMode
 
-from stockpot.config import Preprocess
+from stockpot.config import Preparation, Preprocess, Tokens
 from stockpot.errors import BadRequest
 
 Augment = Callable[[Tensor, int], Tensor]
@@ -31,18 +31,21 @@ TIMM_STRINGS = {"strong": "rand-m15-n2", "medium": None}
 TIMM_POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 
-def augmentation(name: str, preprocess: Preprocess, *, smallest_crop: float | None = None) -> Augment | None:
+def augmentation(name: str, preprocess: Preparation, *, smallest_crop: float | None = None) -> Augment | None:
     """The augmentation of that name, None for `none`.
 
     smallest_crop: share of the area; None is 0.9 for minimal and timm's 0.08 for the others. `package.module:function` is called as
-    function(image, seed, size) and crops as it likes. Raises `BadRequest` for a name nothing answers to.
+    function(image, seed, size) and crops as it likes; for a text, with its tokens and how many they must stay. Raises `BadRequest` for a
+    name nothing answers to.
     """
     if name == "none":
         return None
+    if ":" in name:
+        return Imported(name, preprocess.shape[-1]).found()
+    if isinstance(preprocess, Tokens):
+        raise BadRequest(f"`{name}` augments images and the model reads tokens; write `augmentation: none`, or `package.module:name`.")
     if name == "minimal":
         return Crop(preprocess, 0.9 if smallest_crop is None else smallest_crop)
-    if ":" in name:
-        return Imported(name, preprocess.size).found()
     smallest = 0.08 if smallest_crop is None else smallest_crop
     if name == "stochastic":
         return Stochastic(preprocess, smallest)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stockpot import storage
-from stockpot.config import BaseSpec, Init, InitSpec, PinnedSnapshot
+from stockpot.config import TEXT_PREFIX, BaseSpec, Init, InitSpec, PinnedSnapshot
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical, digest, file_digest
@@ -87,7 +87,7 @@ def load(init: Init) -> Classifier:
 def _contents(base: BaseSpec) -> list[str]:
     """What lies behind the base's addresses now, by size and etag: new weights at an old address are another base."""
     found = []
-    for uri in filter(None, (base.arch, base.weights)):
+    for uri in filter(None, (base.arch.removeprefix(TEXT_PREFIX), base.weights)):
         if is_uri(uri):
             stored = [one for one in storage.list_prefix(uri) if one.uri == uri]
             if not stored:

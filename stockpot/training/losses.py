@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stockpot.config import Preparation, Tokens
 from stockpot.errors import BadRequest
 from stockpot.settings import TrialSettings
 
@@ -36,6 +37,12 @@ def mix(images_B3HW: Tensor, settings: TrialSettings, rng: random.Random) -> tup
     if cutmix > 0:
         return _cut(images_B3HW, rng.betavariate(cutmix, cutmix), rng)
     return images_B3HW, 1.0
+
+
+def require_mixable(settings: TrialSettings, preparation: Preparation) -> None:
+    """Raises `BadRequest` where settings ask for mixed inputs of a kind that does not mix."""
+    if isinstance(preparation, Tokens) and (settings.mixup > 0 or settings.cutmix > 0):
+        raise BadRequest("mixup and CutMix blend pixels and the model reads tokens; leave `mixup` and `cutmix` at 0.")
 
 
 def loss_function(settings: TrialSettings) -> Loss:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stockpot.checkpoints import first_non_finite
-from stockpot.config import Preprocess
+from stockpot.config import Preparation
 from stockpot.errors import NonFinite, TrialFailed
 from stockpot.evaluation import normalise
 from stockpot.settings import TrialSettings
@@ -22,13 +22,13 @@ from stockpot.training import optimisation
 from stockpot.training.candidates import MovingAverages, State, below
 from stockpot.training.compiling import Compiled
 from stockpot.training.fitting import largest_fitting
-from stockpot.training.losses import loss_function, mix, partners
+from stockpot.training.losses import loss_function, mix, partners, require_mixable
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batch(Protocol):
-    """One training batch: images uint8 (B, 3, H, W), labels int64 (B)."""
+    """One training batch: images uint8 (B, 3, H, W), or tokens int32 (B, L), and labels int64 (B)."""
 
     @property
     def images(self) -> Tensor: ...
@@ -41,10 +41,11 @@ class Training:
     """A model on its way, from the shared init or from a training state.
 
     rank, world: this process among those that train the model together, each on its share of every batch; gradients are averaged over
-    them. Raises `BadRequest` when `frozen` names no parameter, or all of them.
+    them. Raises `BadRequest` when `frozen` names no parameter, or all of them, and when tokens should be mixed.
     """
 
-    def __init__(self, model: nn.Module, settings: TrialSettings, preprocess: Preprocess, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, model: nn.Module, settings: TrialSettings, preprocess: Preparation, *, rank: int = 0, world: int = 1) -> None:
+        require_mixable(settings, preprocess)
         optimisation.freeze(model, settings.frozen)
         self.model, self.settings, self.preprocess, self.rank = model, settings, preprocess, rank
         self.device = next(model.parameters()).device

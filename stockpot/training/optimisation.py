@@ -19,7 +19,7 @@ from stockpot.settings import TrialSettings
 
 EMBEDDINGS = re.compile(
     r"(^|\.)(class_embedding|positional_embedding|token_embedding|embeddings|conv1|ln_pre|conv_stem|stem|patch_embed|pos_embed|cls_token"
-    r"|reg_token|norm_pre)(\.|$)"
+    r"|reg_token|norm_pre|shared|embed_tokens)(\.|$)"
 )
 """What comes before the first block, by the names open_clip, timm and transformers give it."""
 

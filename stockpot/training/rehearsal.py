@@ -1,7 +1,10 @@
 """What can be known to fail before a GPU is taken: settings that the init's model, or this library, has no name for.
 
-Ignores names of the user's own (`package.module:name`): they need to be installed where trials run, which may be elsewhere.
+A loss or augmentation of the user's own (`package.module:name`) is looked up where its package is installed here. Where it is not, nothing
+can be known: it has to be installed where trials run, which may be elsewhere. (A backbone of one's own builds the init, so it always is.)
 """
+
+from importlib.util import find_spec
 
 from stockpot import storage
 from stockpot.config import Init, PinnedData, SweepSpec
@@ -9,7 +12,7 @@ from stockpot.data.snapshots import open_snapshot
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.sweeps import draw
 from stockpot.training.augmentation import augmentation
-from stockpot.training.losses import loss_function
+from stockpot.training.losses import loss_function, require_mixable
 from stockpot.training.optimisation import frozen_names
 
 
@@ -22,9 +25,11 @@ def rehearse(spec: SweepSpec, init: Init) -> None:
         parameters = [name for name, _ in build(config).named_parameters()]
         for frozen in sorted(patterns):
             frozen_names(parameters, frozen)
-    for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and ":" not in name}):
+    for settings in drawn:
+        require_mixable(settings, config.preprocess)
+    for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and _is_here(name)}):
         augmentation(name, config.preprocess)
-    for settings in {one.loss: one for one in drawn if ":" not in one.loss}.values():
+    for settings in {one.loss: one for one in drawn if _is_here(one.loss)}.values():
         loss_function(settings)
 
 
@@ -33,3 +38,9 @@ def require_same_classes(data: PinnedData) -> None:
     classes = open_snapshot(data.snapshot).classes
     for pinned in filter(None, (data.test, *data.shifts.values())):
         open_snapshot(pinned).require_classes(classes)
+
+
+def _is_here(name: str) -> bool:
+    """Whether it can be known here what the name stands for."""
+    package, separator, _ = name.partition(":")
+    return not separator or not package or find_spec(package.partition(".")[0]) is not None

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor, distributed, nn
 
-from stockpot.config import Preprocess
+from stockpot.config import Preparation
 from stockpot.errors import NonFinite
 from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
@@ -44,7 +44,7 @@ def train(
     batches: Batches,
     *,
     steps_per_epoch: int,
-    preprocess: Preprocess,
+    preprocess: Preparation,
     device: str | torch.device = "cpu",
     log: Log = lambda _metrics, _step: None,
     resume: State | None = None,

@@ -60,10 +60,10 @@ def test_problems_are_a_table_and_one_sentence(folders: Path, tmp_path: Path) ->
     (folders / "ant" / "broken.png").write_bytes(b"no picture")
     answer = run("publish", folders, tmp_path / "data", *SPLITS)
     assert isinstance(answer.exception, StockpotError)
-    assert "unreadable image" in str(answer.exception)
+    assert "unreadable sample" in str(answer.exception)
     assert "ant/broken-png" in answer.stderr
     (problem,) = json.loads(run("publish", folders, tmp_path / "data", *SPLITS, "--json").stdout)["problems"]
-    assert (problem["problem"], problem["count"], problem["sample"]) == ("unreadable image", 1, "ant/broken-png")
+    assert (problem["problem"], problem["count"], problem["sample"]) == ("unreadable sample", 1, "ant/broken-png")
     assert run("publish", folders, tmp_path / "data", *SPLITS, "--skip-fraction", "0.05").exit_code == 0
 
 

@@ -135,7 +135,7 @@ def test_all_problems_of_a_source_are_reported_at_once(tmp_path: Path) -> None:
     ]
     with pytest.raises(ProblemsFound) as caught:
         publish(str(tmp_path), "bad", CLASSES, GivenSamples([*samples(30), *bad]), splits="test")
-    assert caught.value.problems.counts == {"unreadable image": 2, "duplicate key": 1, "label out of range": 2}
+    assert caught.value.problems.counts == {"unreadable sample": 2, "duplicate key": 1, "label out of range": 2}
     with pytest.raises(SnapshotMissing):
         pin(str(tmp_path))
 
@@ -143,7 +143,7 @@ def test_all_problems_of_a_source_are_reported_at_once(tmp_path: Path) -> None:
 def test_unreadable_pictures_may_stay_in_train_within_a_fraction_but_never_in_an_evaluation(tmp_path: Path) -> None:
     given = [*samples(90), *(Sample(f"bad{number}", b"no image %d" % number, number % 3) for number in range(9))]
     rule = SplitSpec(held_out=0.3, gate=0.3)
-    with pytest.raises(ProblemsFound, match="9 x unreadable image"):
+    with pytest.raises(ProblemsFound, match="9 x unreadable sample"):
         publish(str(tmp_path), "some", CLASSES, GivenSamples(given), splits=rule, skip_fraction=0.05)
     snapshot = open_snapshot(publish(str(tmp_path), "some", CLASSES, GivenSamples(given), splits=rule, skip_fraction=0.1))
     assert snapshot.manifest.unreadable == 9
@@ -172,7 +172,7 @@ def test_identical_pictures_never_cross_splits_whatever_their_key_shard_or_forma
 
 
 def test_samples_may_be_grouped_by_a_field_of_their_json(tmp_path: Path) -> None:
-    given = [Sample(one.key, one.image, one.label, one.extension, {"patient": number // 6}) for number, one in enumerate(samples(180))]
+    given = [Sample(one.key, one.data, one.label, one.extension, {"patient": number // 6}) for number, one in enumerate(samples(180))]
     rule = SplitSpec(held_out=0.3, gate=0.2, group_by="patient")
     snapshot = open_snapshot(publish(str(tmp_path), "patients", CLASSES, GivenSamples(given), splits=rule))
     bounds = [0, snapshot.counts["train"], snapshot.counts["train"] + snapshot.counts["held_out"], 180]

@@ -68,7 +68,7 @@ def test_every_problem_of_every_shard_is_reported_at_once(tmp_path: Path) -> Non
         registered(root)
     assert dict(caught.value.problems.counts) == {
         "truncated shard": 1, "damaged header": 1, "empty shard": 1, "not a tar": 1, "label out of range": 2, "label not an integer": 1,
-        "missing label": 1, "unreadable image": 3, "duplicate key": 2,
+        "missing label": 1, "unreadable sample": 3, "duplicate key": 2,
     }  # fmt: skip
     shards = {example.shard for examples in caught.value.problems.examples.values() for example in examples}
     assert shards >= {"cut.tar", "flip.tar", "empty.tar", "page.tar", "labels.tar", "images.tar"}

@@ -18,6 +18,11 @@ from stockpot.training.rehearsal import rehearse
         ({"augmentation": "maximal"}, "no augmentation `maximal`"),
         ({"last_epoch_augmentation": "minimum"}, "no augmentation `minimum`"),
         ({"loss": "hinge"}, "no loss `hinge`"),
+        ({"loss": "torch.nn.functional:cross_entropyy"}, "no loss `torch.nn.functional:cross_entropyy`.*has no attribute"),
+        ({"loss": "torch.nn.functionel:cross_entropy"}, "no loss `torch.nn.functionel:cross_entropy`.*No module named"),
+        ({"augmentation": "torch:float32"}, "`torch:float32` is a value of type dtype; name a function"),
+        ({"last_epoch_augmentation": "torch:augment"}, "`torch:augment` cannot be imported"),
+        ({"augmentation": ":augment"}, "`:augment` cannot be imported"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused(ground, settings, said):
