@@ -207,7 +207,18 @@ class SoupSpec(Closed):
     passes: int = Field(1, ge=1, le=100, description="How often greedy visits the ingredients; a pass that keeps nothing is the last.")
     replacement: bool = Field(False, description="Later visits may add a member again, which then counts twice. Needs 2 passes or more.")
     visit_seed: int | None = Field(
-        None, ge=0, description="Visit all but the best ingredient in the random order of this seed, for analysis. None: best first."
+        None, ge=0, description="Visit all but the best ingredient in the random order of this seed, for analysis. None: as `order` says."
+    )
+    order: Literal["accuracy", "averaged_logits"] = Field(
+        "accuracy",
+        description="Greedy starts with the best ingredient. accuracy: then the others, by their own held-out accuracy, as the paper does. "
+        "averaged_logits: those first whose stored logits, averaged with the soup's members', are right most often; it costs no forward "
+        "pass, and is ranked again whenever the soup grows.",
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="Candidates greedy scores at most; the rest is never visited. None: all. For `order: averaged_logits`.",
     )
     earlier: int = Field(
         0,
@@ -215,6 +226,11 @@ class SoupSpec(Closed):
         le=1000,
         description="How many ingredients of earlier sweeps of this model may join, the best on their own held_out first, if they started "
         "from the same init. They are scored on this sweep's held_out, at one evaluation each.",
+    )
+    champion: bool = Field(
+        False,
+        description="Whether the model's champion joins as one more ingredient, if it started from the same init. It is scored on this "
+        "sweep's held_out, which it may have been chosen on, so its place in the order flatters it; the gate split does not.",
     )
     mixing: MixingSpec = Field(default_factory=MixingSpec, description="Of the recipes `learned` and `learned_by_layer`.")
     compare: tuple[
@@ -237,6 +253,12 @@ class SoupSpec(Closed):
     def _replacement_needs_a_second_pass(self) -> Self:
         if self.replacement and self.passes == 1:
             raise ValueError("`replacement` adds members again on a later pass and `passes` is 1; write `passes: 2` or more")
+        return self
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        if self.visit_seed is not None and self.order != "accuracy":
+            raise ValueError(f"`visit_seed` asks for a random order and `order` for {self.order}; keep one of them")
         return self
 
 

@@ -19,11 +19,16 @@ class Accuracy(Closed):
         return self.correct / self.seen
 
 
-class Ingredient(Closed):
-    """A finished trial, as the ledger knows it."""
+def soup_id(soup_sha256: str) -> str:
+    """What a stored soup is called: in the ledger, and as an ingredient."""
+    return f"soup-{soup_sha256[:12]}"
 
-    trial_id: str = Field(description="Of its trial; a moving average's has `-ema-` and its decay behind it.")
-    index: int
+
+class Ingredient(Closed):
+    """A finished trial, as the ledger knows it; or the champion, where it joins a pool."""
+
+    trial_id: str = Field(description="Of its trial; a moving average's has `-ema-` and its decay behind it. A champion's is `soup_id`.")
+    index: int = Field(description="Place in its sweep, from 0; a champion's is behind the last trial.")
     ema_decay: float = Field(0.0, description="Of the moving average these weights are; 0 is the trained weights themselves.")
     model_id: str = Field(description="MLflow LoggedModel that holds the weights, logits and card.")
     mlflow_run_id: str
@@ -32,7 +37,7 @@ class Ingredient(Closed):
     init_digest: str
     transform_digest: str = Field(description="Of the evaluation transform: accuracies with different digests are never compared.")
     held_out: Accuracy
-    settings: TrialSettings
+    settings: TrialSettings | None = Field(None, description="None of a champion, which is no trial.")
     seconds: float
 
 
@@ -129,6 +134,20 @@ class MarginalPoint(Closed):
     gain_per_hour: float | None = Field(description="The same per hour of an accelerator.")
 
 
+class ModelVersion(Closed):
+    """A version in the registry, with the alias the gate gave it."""
+
+    model: str
+    version: int
+    alias: str | None = None
+    soup_sha256: str
+
+    @property
+    def ingredient_id(self) -> str:
+        """The id its soup has as an ingredient of another, beside those of trials."""
+        return soup_id(self.soup_sha256)
+
+
 class SoupReport(Closed):
     """Everything a person or the gate needs to know of one cooked sweep."""
 
@@ -165,22 +184,14 @@ class SoupReport(Closed):
     trials: tuple[TrialPoint, ...]
     classes: tuple[ClassChange, ...] = Field((), description="On the gate split, in the order of the labels.")
     excluded: dict[str, str] = Field(default_factory=dict, description="Trial id to the reason it was left out.")
-    origins: dict[str, str] = Field(default_factory=dict, description="Trials of earlier sweeps that joined, to the sweep each came from.")
+    origins: dict[str, str] = Field(default_factory=dict, description="Ingredients from elsewhere that joined, to the sweep of each.")
+    champion: ModelVersion | None = Field(None, description="The version that joined as `ingredient_id`; its alias is of that moment.")
     marginal: tuple[MarginalPoint, ...] = Field((), description="The greedy soup against the number of trials, if asked for.")
     versions: dict[str, str] = Field(
         default_factory=dict, description="What cooked it: stockpot, python, torch and what else decides bits."
     )
     dtype: str = Field("", description="Of the shipped weights.")
     seconds: float = 0.0
-
-
-class ModelVersion(Closed):
-    """A version in the registry, with the alias the gate gave it."""
-
-    model: str
-    version: int
-    alias: str | None = None
-    soup_sha256: str
 
 
 class Paired(Closed):

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlflow.pyfunc
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.exceptions import RestException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -27,8 +27,8 @@ from pydantic import ValidationError
 
 from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
-from stockpot.ledger.connection import address, asking, client, experiment
-from stockpot.outcomes import GateDecision, ModelVersion
+from stockpot.ledger.connection import address, asking, client, experiment, search_models
+from stockpot.outcomes import GateDecision, ModelVersion, soup_id
 
 SERVED_FILE = Path(__file__).with_name("served_model.py")
 """What every version carries as its code."""
@@ -49,12 +49,10 @@ def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Pat
     torch_export: with a second flavour, for `mlflow.pytorch.load_model`.
     """
     with asking():
-        home = experiment(model)
-        found = client().search_logged_models([home], f"tags.`stockpot.stored_soup` = '{soup_sha256}'")
-        if found:
-            return str(found[0].model_id)
+        if found := find_soup(model, soup_sha256):
+            return str(found.model_id)
         tags = {"stockpot.soup_sha256": soup_sha256}
-        made = client().create_logged_model(home, f"soup-{soup_sha256[:12]}", mlflow_run_id, tags=tags, model_type="stockpot.soup")
+        made = client().create_logged_model(experiment(model), soup_id(soup_sha256), mlflow_run_id, tags=tags, model_type="stockpot.soup")
         with TemporaryDirectory(prefix="stockpot-package-") as scratch:
             package = _package(Path(scratch), folder, made.model_id, mlflow_run_id, torch_export)
             files = {str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*")) if path.is_file()}
@@ -63,6 +61,23 @@ def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Pat
         client().log_outputs(mlflow_run_id, [LoggedModelOutput(made.model_id, 0)])
         client().set_logged_model_tags(made.model_id, {"stockpot.files": json.dumps(files), "stockpot.stored_soup": soup_sha256})
         return str(made.model_id)
+
+
+def find_soup(model: str, soup_sha256: str) -> LoggedModel | None:
+    """A stored soup by its weights, registered or not; None where it is not (any more)."""
+    with asking():
+        return next(iter(search_models(model, f"tags.`stockpot.stored_soup` = '{soup_sha256}'")), None)
+
+
+def fetch_soup(model: str, soup_sha256: str, folder: Path) -> Path:
+    """Download a stored soup, registered or not, and return the folder of its weights. Raises `RegistryError` when it is not there, or any
+    file is not the one that was stored."""
+    found = find_soup(model, soup_sha256)
+    if found is None:
+        raise RegistryError(f"The ledger has no {soup_id(soup_sha256)} of {model} any more; it may have been pruned.")
+    with asking():
+        download_artifacts(artifact_uri=f"models:/{found.model_id}", dst_path=str(folder), tracking_uri=address())
+    return _whole(folder, f"The {soup_id(soup_sha256)} of {model}", soup_sha256, found.tags.get("stockpot.files", "{}"))
 
 
 def register_once(model: str, model_id: str, soup_sha256: str, mlflow_run_id: str, tags: dict[str, str], description: str) -> ModelVersion:
@@ -143,23 +158,9 @@ def fetch_version(version: ModelVersion, folder: Path) -> Path:
         client()
         source = f"models:/{version.model}/{version.version}"
         download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=address(), registry_uri=address())
-    weights = next(folder.glob("artifacts/*/model.safetensors"), None)
-    if weights is None:
-        raise RegistryError(
-            f"Version {version.version} of {version.model} has no files left; register its soup again (`stockpot soup SWEEP`)."
-        )
-    if (found := file_digest(weights)) != version.soup_sha256:
-        raise RegistryError(
-            f"Version {version.version} of {version.model} holds weights with sha256 {found[:12]}, not the registered "
-            f"{version.soup_sha256[:12]}; its files were changed: delete the version and register the soup again."
-        )
-    for name, sha256 in json.loads(read_tags(version).get("stockpot.files", "{}")).items():
-        if not (folder / name).exists() or file_digest(folder / name) != sha256:
-            raise RegistryError(
-                f"`{name}` of version {version.version} of {version.model} is not the file that was registered; its files were changed: "
-                "delete the version and register the soup again."
-            )
-    return weights.parent
+    return _whole(
+        folder, f"Version {version.version} of {version.model}", version.soup_sha256, read_tags(version).get("stockpot.files", "{}")
+    )
 
 
 def try_out(package: Path) -> None:
@@ -291,6 +292,25 @@ def _smallest_input(config: dict[str, Any]) -> dict[str, Any]:
         return {"image": GREY_PNG}
     tokens = config["preprocess"]
     return {"tokens": [(tokens["padding"] + 1) % tokens["vocabulary"]]}
+
+
+def _whole(folder: Path, what: str, soup_sha256: str, files: str) -> Path:
+    """The folder of the weights in a download, after comparing every file with the digests (JSON) taken when it was stored."""
+    weights = next(folder.glob("artifacts/*/model.safetensors"), None)
+    if weights is None:
+        raise RegistryError(f"{what} has no files left; register its soup again (`stockpot soup SWEEP`).")
+    if (found := file_digest(weights)) != soup_sha256:
+        raise RegistryError(
+            f"{what} holds weights with sha256 {found[:12]}, not the registered {soup_sha256[:12]}; its files were changed: delete the "
+            "version and register the soup again."
+        )
+    for name, sha256 in json.loads(files).items():
+        if not (folder / name).exists() or file_digest(folder / name) != sha256:
+            raise RegistryError(
+                f"{what} holds another `{name}` than was registered; its files were changed: delete the version and register the soup "
+                "again."
+            )
+    return weights.parent
 
 
 def _package(scratch: Path, folder: Path, model_id: str, mlflow_run_id: str, torch_export: bool) -> Path:

@@ -9,6 +9,7 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from stockpot.ledger.connection import address, asking, client, search_models
+from stockpot.outcomes import soup_id
 
 Kind = Literal["ingredient", "soup"]
 
@@ -25,6 +26,11 @@ class Stored(NamedTuple):
     """The trial's id, or the soup's sha256."""
     made: datetime
     """When its upload began, UTC."""
+
+    @property
+    def ingredient_id(self) -> str:
+        """What a soup made of it calls it."""
+        return soup_id(self.about) if self.kind == "soup" else self.about
 
 
 def stored_models(model: str) -> list[Stored]:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from stockpot.checkpoints import save_weights
 from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
-from stockpot.outcomes import ModelVersion, SoupReport
+from stockpot.outcomes import ModelVersion, SoupReport, TrialPoint
 from stockpot.release import releasing
 from stockpot.soup import card
 from stockpot.soup.recipes.averaging import average
@@ -45,7 +45,7 @@ def reproduce(name: str) -> ModelVersion:
     releasing.read_judgement(version)
     with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
         folder = Path(scratch)
-        files = [_fetch(version, trial, folder / str(place)) for place, trial in enumerate(report.ingredients)]
+        files = [_fetch(report, trial, folder / str(place)) for place, trial in enumerate(report.ingredients)]
         try:
             found = save_weights(folder / "soup.safetensors", mixture(files, report.shares) if report.shares else average(files))
         finally:
@@ -65,12 +65,13 @@ def read_report(version: ModelVersion) -> SoupReport:
     return SoupReport.model_validate_json(releasing.read_record(version, "report.json"))
 
 
-def _fetch(version: ModelVersion, trial: str, folder: Path) -> Weights:
-    ingredient = tracking.find_ingredient(version.model, trial)
+def _fetch(report: SoupReport, trial: str, folder: Path) -> Weights:
+    champion = report.champion
+    if champion and trial == champion.ingredient_id:
+        return open_weights(registry.fetch_soup(champion.model, champion.soup_sha256, folder) / "model.safetensors")
+    ingredient = tracking.find_ingredient(report.model, trial)
     if ingredient is None:
-        raise RegistryError(
-            f"Ingredient {trial} of {version.model} version {version.version} is no longer in the ledger; it may have been pruned."
-        )
+        raise RegistryError(f"Ingredient {trial} of {report.model} is no longer in the ledger; it may have been pruned.")
     return open_weights(tracking.fetch_ingredient(ingredient, folder) / "model.safetensors")
 
 
@@ -79,11 +80,16 @@ def _made_of(report: SoupReport) -> str:
     lines = [f"Recipe {report.recipe}, sweep {report.sweep_id}, from init {report.init_digest[:12]}:"]
     for trial in report.ingredients:
         score = by_id[trial].scores.held_out
-        lines.append(
-            f"  trial {by_id[trial].index:3d}  {trial}  held_out {100 * score.value:.2f} % ({score.correct} of {score.seen}) on its own"
-        )
+        lines.append(f"  {_name(report, by_id[trial])}  held_out {100 * score.value:.2f} % ({score.correct} of {score.seen}) on its own")
     left_out = len(report.trials) - len(set(report.ingredients))
     return "\n".join([*lines, f"  left out by the recipe: {left_out}; unfit: {len(report.excluded)}"])
+
+
+def _name(report: SoupReport, point: TrialPoint) -> str:
+    if report.champion and point.trial_id == report.champion.ingredient_id:
+        return f"champion   {point.trial_id}, which was version {report.champion.version}"
+    origin = report.origins.get(point.trial_id)
+    return f"trial {point.index:3d}  {point.trial_id}" + (f" of sweep {origin}" if origin else "")
 
 
 def _near_misses(report: SoupReport) -> str:

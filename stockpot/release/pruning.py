@@ -1,9 +1,10 @@
 """Retention: which stored weights nothing needs any more. `mlflow gc` alone would also delete the bytes under a registered version.
 
 Kept, whatever else: the soup of every registered version, under any model's name; the ingredients of every version with an alias
-(champion, challenger, previous, and a person's own); the best `keep_top` trials of every sweep; every trial of a sweep that runs, waits to
-be cooked or registered, or is being cooked, and its soup; everything younger than `min_age_h`. Inits lie in object storage and are never
-touched. The rest are ingredients a later run of the same request would train again, and soups that no report names any more.
+(champion, challenger, previous, and a person's own), also an earlier champion among them; the best `keep_top` trials of every sweep; every
+trial of a sweep that runs, waits to be cooked or registered, or is being cooked, and its soup; everything younger than `min_age_h`. Inits
+lie in object storage and are never touched. The rest are ingredients a later run of the same request would train again, and soups that no
+report names any more.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -45,7 +46,7 @@ def plan_removal(model: str, keep_top: int = 8, min_age_h: float = 24.0) -> Plan
     found = [
         Removable(model_id=one.model_id, kind=one.kind, about=one.about, size=stored.stored_bytes(one.model_id))
         for one in everything
-        if one.made <= youngest and (one.about not in trials if one.kind == "ingredient" else one.model_id not in soups)
+        if one.made <= youngest and one.ingredient_id not in trials and one.model_id not in soups
     ]
     return Plan(removable=tuple(sorted(found, key=lambda one: -one.size)), stored=len(everything))
 
@@ -57,7 +58,7 @@ def remove(plan: Plan) -> None:
 
 
 def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
-    """Trial ids, and LoggedModels of soups."""
+    """Ids of ingredients, and LoggedModels of soups."""
     trials, soups = set[str](), registry.models_behind_versions()
     sweeps = tracking.list_sweeps(model)
     if not sweeps:

@@ -23,6 +23,8 @@ def write(report: SoupReport) -> str:
 
 def verdict(report: SoupReport) -> str:
     """One honest sentence: did the shipped soup beat the best single model, and where."""
+    if report.champion and report.ingredients == (report.champion.ingredient_id,):
+        return f"No soup improved on the champion, version {report.champion.version}, on held_out, so it ships again."
     if len(report.ingredients) == 1:
         return f"No soup improved on the best single model on held_out, so the best single model, trial {report.ingredients[0]}, ships."
     soup, single = report.scores[report.recipe], report.scores["best_single"]
@@ -66,7 +68,14 @@ def _decisions(report: SoupReport) -> str:
         _line([step.trial_id, _counts(step.before), _after(step), "kept" if step.kept else "left out", str(step.size)])
         for step in report.steps
     ]
-    return "## Greedy decisions, right answers on held_out\n\n" + "\n".join(lines)
+    return "## Greedy decisions, right answers on held_out\n\n" + "\n".join(lines) + unvisited(report)
+
+
+def unvisited(report: SoupReport) -> str:
+    """What greedy's budget left no room for, as a sentence; empty where it visited all."""
+    visited = {step.trial_id for step in report.steps}
+    rest = [point.trial_id for point in report.trials if point.trial_id not in visited]
+    return f"\n\nNever visited, for the budget was spent: {', '.join(rest)}." if rest else ""
 
 
 def _after(step: GreedyStep) -> str:
@@ -130,6 +139,12 @@ def _excluded(report: SoupReport) -> str:
 
 
 def _facts(report: SoupReport) -> str:
+    return "## Identity\n\n" + "\n".join(f"- {name}: `{value}`" for name, value in identity(report).items())
+
+
+def identity(report: SoupReport) -> dict[str, str]:
+    """What decides a soup and what it is known by, each by its name."""
+    champion = report.champion
     facts = {
         "weights sha256": report.soup_sha256,
         "init": report.init_digest,
@@ -137,10 +152,11 @@ def _facts(report: SoupReport) -> str:
         "sweep": report.sweep_id,
         "ingredients": ", ".join(report.ingredients),
         "of earlier sweeps": ", ".join(f"{trial} ({report.origins[trial]})" for trial in report.ingredients if trial in report.origins),
+        "champion that joined": f"{champion.ingredient_id}, version {champion.version}" if champion else "",
         "type": report.dtype,
         "made by": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
-    return "## Identity\n\n" + "\n".join(f"- {name}: `{value}`" for name, value in facts.items() if value)
+    return {name: value for name, value in facts.items() if value}
 
 
 def _line(cells: list[str]) -> str:

@@ -33,6 +33,7 @@ from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine
 from stockpot.soup.recipes.greedy import ranked
 from stockpot.soup.recipes.learned import learn, mixture
+from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.score_cache import ScoreCache
 from stockpot.soup.soupability import Pool
 
@@ -168,6 +169,11 @@ class Kitchen:
             for past in [soup for soup in list(self._soups) if len(soup) < len(trials) - 1]:
                 self._soups.pop(past, None)  # another device may have done it
         return verdict
+
+    def by_averaged_logits(self, soup: Sequence[str], left: Sequence[str]) -> list[str]:
+        """The order in which greedy visits the candidates that are left, by the logits they stored."""
+        logits = {trial: one.logits for trial, one in self.pool.candidates.items()}
+        return by_averaged_logits(logits, torch.as_tensor(self.splits["held_out"].labels), soup, left)
 
     def scores(self, dish: Dish) -> Scores:
         """A dish on every split the sweep names."""

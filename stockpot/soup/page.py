@@ -97,7 +97,10 @@ def _decisions(report: SoupReport) -> str:
         for step in report.steps
     ]
     head = ["trial", "right before", "right after", f"looked at, of {report.steps[0].after.seen}", "decision", "ingredients"]
-    return _table(head, rows, {step.trial_id for step in report.steps if step.kept})
+    rest = card.unvisited(report)
+    return _table(head, rows, {step.trial_id for step in report.steps if step.kept}) + (
+        f'<p class="note">{rest.strip()}</p>' if rest else ""
+    )
 
 
 def _classes(report: SoupReport) -> str:
@@ -142,14 +145,7 @@ def _excluded(report: SoupReport) -> str:
 
 
 def _identity(report: SoupReport) -> str:
-    facts = {
-        "weights sha256": report.soup_sha256,
-        "init": report.init_digest,
-        "evaluation transform": report.transform_digest,
-        "sweep": report.sweep_id,
-        "ingredients": ", ".join(report.ingredients),
-    }
-    rows = [[name, f"<code>{html.escape(value)}</code>"] for name, value in facts.items()]
+    rows = [[name, f"<code>{html.escape(value)}</code>"] for name, value in card.identity(report).items()]
     return _section("Identity", "Rebuild the weights from the ingredients and compare them: <code>stockpot reproduce</code>.") + _table(
         [], rows
     )

@@ -17,7 +17,7 @@ from stockpot.errors import IngredientMismatch, ModelError, TooFewIngredients
 from stockpot.evaluation import accuracy
 from stockpot.ledger import tracking
 from stockpot.models.classifier import ModelConfig
-from stockpot.outcomes import Ingredient
+from stockpot.outcomes import Ingredient, ModelVersion
 from stockpot.soup.recipes.averaging import first_non_finite
 from stockpot.soup.recipes.weights import Weights, difference, open_weights
 
@@ -46,7 +46,9 @@ class Pool:
     excluded: dict[str, str]
     """Trial id to the reason."""
     origins: dict[str, str] = field(default_factory=dict)
-    """Candidates of earlier sweeps, to the sweep each came from."""
+    """Candidates from elsewhere, earlier sweeps and the champion, to the sweep each came from."""
+    champion: ModelVersion | None = None
+    """The version that joined."""
 
     @property
     def config(self) -> ModelConfig:
@@ -69,7 +71,10 @@ class Pool:
     def without(self, doubts: dict[str, str]) -> "Pool":
         """The pool less some candidates, each with its reason. Raises `TooFewIngredients` when none is left."""
         kept = {trial: one for trial, one in self.candidates.items() if trial not in doubts}
-        return _some(replace(self, candidates=kept, excluded=self.excluded | doubts))
+        for trial in self.candidates.keys() - kept.keys():
+            self.candidates[trial].weights.close()
+        champion = None if self.champion and self.champion.ingredient_id in doubts else self.champion
+        return _some(replace(self, candidates=kept, excluded=self.excluded | doubts, champion=champion))
 
     def rescored(self, trial: str, logits_NC: Tensor, labels_N: np.ndarray, transform_digest: str) -> "Pool":
         """The pool with one candidate judged on these held-out samples instead of those it recorded."""
@@ -92,7 +97,7 @@ def gather(ingredients: list[Ingredient], init: Init, folder: Path) -> Pool:
             try:
                 if isinstance(candidate, str):
                     raise IngredientMismatch(candidate)
-                _compare(candidate, next(iter(candidates.values()), candidate))
+                require_alike(candidate.weights, candidate.config, next(iter(candidates.values()), candidate))
                 candidates[ingredient.trial_id] = candidate
             except IngredientMismatch as error:
                 excluded[ingredient.trial_id] = str(error)
@@ -123,25 +128,36 @@ def _examined(ingredient: Ingredient, init: Init, folder: Path) -> Candidate | s
 
 
 def _examine(ingredient: Ingredient, init: Init, folder: Path) -> Candidate:
-    if ingredient.init_digest != init.digest:
-        raise IngredientMismatch(
-            f"It started from init {ingredient.init_digest[:12]}, the sweep's is {init.digest[:12]}: only one init averages."
-        )
+    require_init(ingredient.init_digest, init)
     tracking.fetch_ingredient(ingredient, folder)
-    weights = open_weights(folder / "model.safetensors")
-    if name := first_non_finite(weights):
-        raise IngredientMismatch(f"`{name}` holds a NaN or an infinity; run its trial again with a lower learning rate.")
+    weights, config = open_model(folder)
     logits = load_weights(folder / "held_out.safetensors").get("logits")
     if logits is None:
         raise IngredientMismatch("held_out.safetensors holds no `logits`; run its trial again.")
-    return Candidate(ingredient, weights, ModelConfig.model_validate_json((folder / "model.json").read_bytes()), logits)
+    return Candidate(ingredient, weights, config, logits)
 
 
-def _compare(candidate: Candidate, first: Candidate) -> None:
-    if found := difference(candidate.weights, first.weights):
+def require_init(init_digest: str, init: Init) -> None:
+    """Raises `IngredientMismatch` unless something started from this init."""
+    if init_digest != init.digest:
+        raise IngredientMismatch(f"It started from init {init_digest[:12]}, the sweep's is {init.digest[:12]}: only one init averages.")
+
+
+def open_model(folder: Path) -> tuple[Weights, ModelConfig]:
+    """A fetched model's weights, all of them numbers, and its config. Raises `IngredientMismatch`."""
+    weights = open_weights(folder / "model.safetensors")
+    if name := first_non_finite(weights):
+        weights.close()
+        raise IngredientMismatch(f"`{name}` holds a NaN or an infinity; run its trial again with a lower learning rate.")
+    return weights, ModelConfig.model_validate_json((folder / "model.json").read_bytes())
+
+
+def require_alike(weights: Weights, config: ModelConfig, first: Candidate) -> None:
+    """Raises `IngredientMismatch` unless weights and config are such as another candidate's."""
+    if found := difference(weights, first.weights):
         raise IngredientMismatch(f"Its weights are others: {found}.")
-    if candidate.config != first.config:
-        mine, theirs = candidate.config.model_dump(), first.config.model_dump()
+    if config != first.config:
+        mine, theirs = config.model_dump(), first.config.model_dump()
         names = ", ".join(name for name in mine if mine[name] != theirs[name])
         raise IngredientMismatch(f"Its model config differs from the others' in {names}.")
 

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from stockpot.checkpoints import save_weights
 from stockpot.config import SoupSpec, Sweep
-from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Accuracy, Calibration, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
-from stockpot.soup import card, marginal, page, picture
+from stockpot.soup import card, joining, marginal, page, picture
 from stockpot.soup.comparing import Comparison, Recipes, compare, prune
 from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.examining import Verdict
@@ -59,28 +58,15 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupRepo
         pool = replace(gather([*ingredients, *[one for one, _ in earlier]], sweep.init, folder / "ingredients"), origins=origins)
         try:
             kitchen = Kitchen(sweep, pool)
-            kitchen.pool = _trusted(_rescored(pool, kitchen, sweep), kitchen)
+            kitchen.pool = pool = joining.rescored(pool, kitchen, sweep)
+            if sweep.request.soup.champion:
+                kitchen.pool = pool = joining.with_champion(pool, kitchen, sweep, folder / "champion")
+            kitchen.pool = pool = _trusted(pool, kitchen)
             for trial, reason in kitchen.pool.excluded.items():
                 say(f"left out {trial}: {reason}")
             return _cook(sweep, kitchen, folder, began, say)
         finally:
             pool.close()
-
-
-def _rescored(pool: Pool, kitchen: Kitchen, sweep: Sweep) -> Pool:
-    """The pool with candidates of earlier sweeps scored on this held_out, without those that may have been trained on it."""
-    seen, rule = kitchen.splits["held_out"], open_snapshot(sweep.data.snapshot).manifest.rule
-    doubts = {}
-    for trial, origin in pool.origins.items():
-        if trial not in pool.candidates:
-            continue
-        theirs = tracking.read_sweep(origin).data.snapshot
-        if theirs != sweep.data.snapshot and open_snapshot(theirs).manifest.rule != rule:
-            doubts[trial] = f"It is of sweep {origin}, whose data was split otherwise: it may have been trained on this held_out."
-            continue
-        logits_NC = kitchen.logits(kitchen.soup([trial]), "held_out")
-        pool = pool.rescored(trial, logits_NC, seen.labels, seen.transform_digest)
-    return pool.without(doubts)
 
 
 def _trusted(pool: Pool, kitchen: Kitchen) -> Pool:
@@ -127,6 +113,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         trials=_points(kitchen, recipes["greedy"]),
         excluded=pool.excluded,
         origins=pool.origins,
+        champion=pool.champion,
         marginal=_marginal(sweep, kitchen) if "marginal" in sweep.request.soup.compare else (),
         versions=versions(),
         dtype=", ".join(sorted({slot.kind.split()[0] for slot in pool.candidates[best].weights.slots.values()})),
@@ -182,6 +169,7 @@ def _classes(names: Sequence[str], labels_N: Tensor, single_NC: Tensor, soup_NC:
 def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: Say) -> list[GreedyStep]:
     spec = sweep.request.soup
     order = None if spec.visit_seed is None else shuffled(singles, spec.visit_seed)
+    rank = kitchen.by_averaged_logits if spec.order == "averaged_logits" else None
     with Speculation([partial(kitchen.verdict, stove=stove) for stove in kitchen.stoves]) as crowd:
 
         def score(trials: Sequence[str], need: int) -> Verdict:
@@ -191,7 +179,10 @@ def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: S
             say(f"greedy: with {trials[-1]} {found.accuracy.correct} of {found.accuracy.seen} {most}{need} needed: {kept}")
             return found
 
-        return greedy(singles, score, spec.accept, passes=spec.passes, replacement=spec.replacement, order=order, ahead=crowd.ahead)
+        return greedy(
+            singles, score, spec.accept, passes=spec.passes, replacement=spec.replacement, order=order, rank=rank, budget=spec.budget,
+            ahead=crowd.ahead,
+        )  # fmt: skip
 
 
 def _points(kitchen: Kitchen, kept: Sequence[str]) -> tuple[TrialPoint, ...]:

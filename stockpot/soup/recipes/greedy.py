@@ -15,6 +15,8 @@ from stockpot.soup.recipes.examining import Verdict
 Accept = Literal["improve", "not_worse"]
 Score = Callable[[Sequence[str], int], Verdict]
 """(trial ids of a candidate, the newest last; correct answers it needs) -> what was found."""
+Rank = Callable[[Sequence[str], Sequence[str]], list[str]]
+"""(trial ids of the soup so far, those still to visit in the order of `order`) -> the order to visit them in."""
 Question = tuple[tuple[str, ...], int]
 """What `Score` is asked."""
 
@@ -39,31 +41,36 @@ def greedy(
     passes: int = 1,
     replacement: bool = False,
     order: Sequence[str] | None = None,
+    rank: Rank | None = None,
+    budget: int | None = None,
     ahead: Callable[[Sequence[Question]], None] | None = None,
 ) -> list[GreedyStep]:
     """The decisions in order; those kept are the soup, a trial kept twice counts twice.
 
     held_out: each ingredient's own accuracy, by trial id, at least one. passes: how often the ingredients are visited; a pass that keeps
-    nothing is the last. replacement: later visits may add a member again. order: None is `ranked`. ahead: told before each question what
-    the questions of this pass are from it on, if every candidate is left out.
+    nothing is the last. replacement: later visits may add a member again. order: None is `ranked`. rank: puts the rest of a pass in an
+    order of its own for the soup so far, whenever that grew. budget: candidates that are scored at the most. ahead: told before each
+    question what the questions of this pass are from it on, if every candidate is left out.
     """
     order = list(order or ranked(held_out))
+    rank = rank or (lambda _soup, left: list(left))
     best = held_out[order[0]]
     steps = [GreedyStep(trial_id=order[0], before=None, after=best, kept=True, size=1, examined=best.seen)]
     soup = order[:1]
     for number in range(passes):
         size = len(soup)
-        visits = order[1:] if number == 0 else order
-        for place, trial in enumerate(visits):
-            if trial in soup and not replacement:
-                continue
+        left = [one for one in (order[1:] if number == 0 else order) if replacement or one not in soup]
+        queue = rank(soup, left)
+        while queue and (budget is None or len(steps) <= budget):
             need = best.correct + (1 if accept == "improve" else 0)
             if ahead:
-                ahead([((*soup, one), need) for one in visits[place:] if replacement or one not in soup])
+                ahead([((*soup, one), need) for one in queue])
+            trial, *queue = queue
             after, examined = score([*soup, trial], need)
             kept = after.correct >= need
             if kept:
                 soup.append(trial)
+                queue = rank(soup, [one for one in left if one in queue])
             steps.append(GreedyStep(trial_id=trial, before=best, after=after, kept=kept, size=len(soup), examined=examined))
             best = after if kept else best
         if len(soup) == size:

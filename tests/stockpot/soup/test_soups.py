@@ -17,6 +17,7 @@ from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes.averaging import CHUNK, _sample, average, first_non_finite
 from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins, right
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
+from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.recipes.weights import Weights, open_weights
 
@@ -206,6 +207,9 @@ class Linear:
     def logits(self, trials: Sequence[str]) -> Tensor:
         return self.x @ torch.stack([self.weights[trial].double() for trial in sorted(trials)]).mean(0).float()
 
+    def preranked(self, soup: Sequence[str], left: Sequence[str]) -> list[str]:
+        return by_averaged_logits({trial: self.logits([trial]) for trial in self.weights}, self.labels, soup, left)
+
     def early(self, block: int) -> Score:
         """As the kitchen does it: doubtful samples first, no further than the fate is open."""
 
@@ -247,6 +251,38 @@ def test_greedy_decides_as_the_reference_loop(seed: int, trials: int, samples: i
     assert pool.score(members(steps)).correct >= max(pool.score([trial]).correct for trial in pool.weights)
 
 
+def averaged(pool: Linear, trials: Sequence[str]) -> int:
+    """Right answers of averaged logits, sample by sample in plain floats."""
+    rows = [[[float(value) for value in row] for row in pool.logits([trial])] for trial in trials]
+    means = [[sum(one[sample][label] for one in rows) / len(rows) for label in range(3)] for sample in range(len(pool.labels))]
+    return sum(mean.index(max(mean)) == int(label) for mean, label in zip(means, pool.labels, strict=True))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 100_000), trials=st.integers(1, 6), samples=st.integers(5, 30), spread=st.floats(0.1, 4),
+    budget=st.none() | st.integers(1, 5),
+)  # fmt: skip
+def test_preranked_greedy_asks_next_for_the_best_averaged_logits(
+    seed: int, trials: int, samples: int, spread: float, budget: int | None
+) -> None:
+    pool = Linear(seed, trials, samples, spread)
+    held_out = {trial: pool.score([trial]) for trial in pool.weights}
+    steps = greedy(held_out, pool.fully, rank=pool.preranked, budget=budget)
+    left = ranked(held_out)
+    soup = [left.pop(0)]
+    best = held_out[soup[0]].correct
+    for step in steps[1:]:
+        counts = {trial: averaged(pool, [*soup, trial]) for trial in left}
+        following = max(left, key=lambda trial: counts[trial])  # the first of equals, in greedy's own order
+        assert step.trial_id == following
+        left.remove(following)
+        correct = pool.score([*soup, following]).correct
+        assert (step.after.correct, step.kept) == (correct, correct > best)
+        soup, best = ([*soup, following], correct) if correct > best else (soup, best)
+    assert len(steps) - 1 == min(len(held_out) - 1, budget or len(held_out))
+
+
 def test_ties_go_to_the_smaller_id() -> None:
     assert ranked({"b": Accuracy(correct=3, seen=4), "a": Accuracy(correct=3, seen=4), "c": Accuracy(correct=4, seen=4)}) == ["c", "a", "b"]
 
@@ -262,6 +298,8 @@ def test_ties_go_to_the_smaller_id() -> None:
     passes=st.integers(1, 3),
     replacement=st.booleans(),
     shuffle=st.booleans(),
+    preranked=st.booleans(),
+    budget=st.none() | st.integers(1, 6),
     broken=st.booleans(),
 )
 def test_early_rejection_changes_no_decision_and_no_soup(
@@ -274,6 +312,8 @@ def test_early_rejection_changes_no_decision_and_no_soup(
     passes: int,
     replacement: bool,
     shuffle: bool,
+    preranked: bool,
+    budget: int | None,
     broken: bool,
 ) -> None:
     pool = Linear(seed, trials, samples, spread)
@@ -281,7 +321,8 @@ def test_early_rejection_changes_no_decision_and_no_soup(
         pool.weights["t03"][0, 0] = float("nan")
     held_out = {trial: pool.score([trial]) for trial in pool.weights}
     order = shuffled(held_out, seed) if shuffle else None
-    options = {"passes": passes, "replacement": replacement, "order": order}
+    rank = pool.preranked if preranked else None
+    options = {"passes": passes, "replacement": replacement, "order": order, "rank": rank, "budget": budget}
     slow = greedy(held_out, pool.fully, accept, **options)  # type: ignore[arg-type]
     fast = greedy(held_out, pool.early(block), accept, **options)  # type: ignore[arg-type]
     assert [(step.trial_id, step.kept, step.size, step.before) for step in fast] == [
