@@ -164,6 +164,10 @@ class SoupReport(Closed):
     shares: dict[str, tuple[float, ...]] = Field(
         default_factory=dict, description="Of a learned mixture: layer to the weight of each ingredient. Empty for a plain mean."
     )
+    alpha: float | None = Field(None, description="Of the recipe `wise_ft`: the greedy soup's share, the rest is the init.")
+    batch_norm_samples: int | None = Field(
+        None, description="Training samples that BatchNorm statistics were estimated on again, everywhere here; None: they were averaged."
+    )
     steps: tuple[GreedyStep, ...]
     scores: dict[str, Scores] = Field(description="Under `best_single`, `uniform` and `greedy`, and what the request asked to compare.")
     alphas: dict[str, tuple[AlphaPoint, ...]] = Field(

@@ -1,5 +1,5 @@
-"""A whole sweep in seconds: three colours to tell apart, a CLIP tower of a few thousand weights, and trials that are the init plus noise,
-written straight into the ledger as `run_trial` would."""
+"""A whole sweep in seconds: three colours to tell apart, a CLIP tower of a few thousand weights (or another model), and trials that are the
+init plus noise, written straight into the ledger as `run_trial` would."""
 
 import io
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from stockpot.checkpoints import save_weights
 from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, Preprocess, RetrainRequest, SoupSpec, Sweep, SweepSpec
@@ -33,12 +33,16 @@ PREPROCESS = Preprocess(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 ARCH = {"embed_dim": 8, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}, "quick_gelu": False}
 
 
+CLIP = ModelConfig(kind="open_clip", arch=ARCH, preprocess=PREPROCESS, classes=CLASSES)
+
+
 class Ground(Closed):
     """What a sweep stands on: data and an init."""
 
     data: PinnedData
     init: Init
     folder: str
+    config: ModelConfig = CLIP
 
 
 def png(seed: int, label: int, noise: float = 90.0) -> bytes:
@@ -49,6 +53,22 @@ def png(seed: int, label: int, noise: float = 90.0) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "png")
     return file.getvalue()
+
+
+def norm_tower() -> nn.Sequential:
+    """An image tower with BatchNorm, and dropout, which an evaluation must not see."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.BatchNorm1d(8),
+    )
+
+
+NORM = ModelConfig(kind="imported", arch={"name": "tests.tiny_sweep:norm_tower", "features": 8}, preprocess=PREPROCESS, classes=CLASSES)
 
 
 def lay_ground(folder: Path) -> Ground:
@@ -63,10 +83,16 @@ def lay_ground(folder: Path) -> Ground:
         test=put("colours-test", 30, 1000, "test"),
         shifts={"noisy": put("colours-noisy", 30, 2000, "test", 130.0)},
     )
-    model, config = _init(data.snapshot)
-    init_folder = folder / "init"
-    identity = digest([write_model(init_folder, model), config])
-    return Ground(data=data, init=Init(uri=str(init_folder), digest=identity), folder=str(folder))
+    return Ground(data=data, init=_store_init(data, CLIP, folder / "init"), folder=str(folder))
+
+
+def on_ground(ground: Ground, config: ModelConfig, folder: Path) -> Ground:
+    """The same data under another model, whose init is put into `folder`."""
+    return Ground(data=ground.data, init=_store_init(ground.data, config, folder), folder=str(folder), config=config)
+
+
+def _store_init(data: PinnedData, config: ModelConfig, folder: Path) -> Init:
+    return Init(uri=str(folder), digest=digest([write_model(folder, _init(data.snapshot, config)), config]))
 
 
 def tiny_sweep(
@@ -102,7 +128,7 @@ def finish_trial(
     ground: Ground, sweep: Sweep, index: int, folder: Path, noise: float = 0.05, state: dict[str, Tensor] | None = None
 ) -> Ingredient:
     """One ingredient; `state` instead of noise where given."""
-    model, config = _init(sweep.data.snapshot)
+    model, config = _init(sweep.data.snapshot, ground.config), ground.config
     rng = torch.Generator().manual_seed(index + 1)
     load_state(
         model, state or {name: tensor + noise * torch.randn(tensor.shape, generator=rng) for name, tensor in model.state_dict().items()}
@@ -118,14 +144,13 @@ def finish_trial(
         return log.record_ingredient(place, score, transform_digest=held_out.transform_digest, seconds=1.0)
 
 
-def _init(snapshot: PinnedSnapshot) -> tuple[Classifier, ModelConfig]:
+def _init(snapshot: PinnedSnapshot, config: ModelConfig) -> Classifier:
     """A random tower under a fitted head, the same every time."""
     torch.manual_seed(0)
-    config = ModelConfig(kind="open_clip", arch=ARCH, preprocess=PREPROCESS, classes=CLASSES)
     model = build(config)
     train = pixels(open_snapshot(snapshot), "train", PREPROCESS)
     head = linear_probe(
         features(model, train.images, PREPROCESS), np.asarray(train.labels), model.head.weight.detach(), model.head.bias.detach()
     )
     model.head.load_state_dict(dict(zip(("weight", "bias"), head, strict=True)))
-    return model, config
+    return model

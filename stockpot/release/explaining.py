@@ -1,17 +1,28 @@
 """A registered version, told to a person, and rebuilt from its ingredients: `stockpot explain` and `stockpot reproduce`."""
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from torch import Tensor
 
 from stockpot.checkpoints import save_weights
 from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
+from stockpot.models.classifier import build
+from stockpot.models.folders import read_model
+from stockpot.models.loading import load_state
 from stockpot.outcomes import ModelVersion, SoupReport, TrialPoint
 from stockpot.release import releasing
 from stockpot.soup import card
-from stockpot.soup.recipes.averaging import average
-from stockpot.soup.recipes.learned import mixture
+from stockpot.soup.dishes import open_init
+from stockpot.soup.rebuilding import FROM_INIT, rebuild
+from stockpot.soup.recipes.batch_norm import statistics
 from stockpot.soup.recipes.weights import Weights, open_weights
+from stockpot.soup.settling import settle, settling_samples
+
+NEAR = 1e-3
+"""Largest difference of a BatchNorm statistic, as a share of its tensor's largest, that two machines may have."""
 
 
 def explain(name: str) -> str:
@@ -45,19 +56,47 @@ def reproduce(name: str) -> ModelVersion:
     releasing.read_judgement(version)
     with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
         folder = Path(scratch)
-        files = [_fetch(report, trial, folder / str(place)) for place, trial in enumerate(report.ingredients)]
-        try:
-            found = save_weights(folder / "soup.safetensors", mixture(files, report.shares) if report.shares else average(files))
-        finally:
-            for file in files:
-                file.close()
-        registry.fetch_version(version, folder / "registered")
-    if found != version.soup_sha256:
-        raise RegistryError(
-            f"The {len(files)} ingredients of {version.model} version {version.version} average to sha256 {found[:12]}, registered were "
-            f"{version.soup_sha256[:12]}; the record and the weights disagree: cook the sweep again (`stockpot soup {report.sweep_id}`)."
-        )
+        found = _rebuilt(report, folder)
+        registered = registry.fetch_version(version, folder / "registered")
+        if report.batch_norm_samples:
+            _compare_statistics(report, found, registered)
+        elif save_weights(folder / "soup.safetensors", found) != version.soup_sha256:
+            raise _another(report, "another sha256")
     return version
+
+
+def _rebuilt(report: SoupReport, folder: Path) -> dict[str, Tensor]:
+    """The soup's weights from its ingredients, and from the init where the recipe takes it; BatchNorm statistics as averaged."""
+    with ExitStack() as stack:
+        files = {
+            trial: stack.enter_context(closing(_fetch(report, trial, folder / str(place))))
+            for place, trial in enumerate(report.ingredients)
+        }
+        start = None
+        if report.recipe in FROM_INIT:
+            start = stack.enter_context(closing(open_init(tracking.read_sweep(report.sweep_id).init, folder)))
+        return rebuild(report, files, start)
+
+
+def _compare_statistics(report: SoupReport, averaged: dict[str, Tensor], registered: Path) -> None:
+    """A soup whose BatchNorm statistics were estimated again: these take forward passes, whose last bits are a machine's own, so they may
+    differ by `NEAR` of their largest; everything else must be equal to the bit. Raises `RegistryError`."""
+    wanted, sweep = read_model(registered), tracking.read_sweep(report.sweep_id)
+    model = build(wanted.config)
+    load_state(model, averaged)
+    settle(model, settling_samples(sweep, wanted.config.preprocess))
+    names, state = statistics(model), wanted.state_dict()
+    for name, tensor in model.state_dict().items():
+        apart = float((tensor.double() - state[name].double()).abs().max())
+        if apart > (NEAR * float(state[name].double().abs().max()) if name in names else 0):
+            raise _another(report, f"another `{name}`, by {apart:.1e}")
+
+
+def _another(report: SoupReport, what: str) -> RegistryError:
+    return RegistryError(
+        f"The {len(report.ingredients)} ingredients of soup {report.soup_sha256[:12]} of {report.model} give {what} than was registered; "
+        f"the record and the weights disagree: cook the sweep again (`stockpot soup {report.sweep_id}`)."
+    )
 
 
 def read_report(version: ModelVersion) -> SoupReport:

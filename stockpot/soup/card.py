@@ -153,6 +153,8 @@ def identity(report: SoupReport) -> dict[str, str]:
         "ingredients": ", ".join(report.ingredients),
         "of earlier sweeps": ", ".join(f"{trial} ({report.origins[trial]})" for trial in report.ingredients if trial in report.origins),
         "champion that joined": f"{champion.ingredient_id}, version {champion.version}" if champion else "",
+        "share of the soup, the rest is the init": "" if report.alpha is None else f"{report.alpha:g}",
+        "BatchNorm": f"statistics estimated on {report.batch_norm_samples} training samples" if report.batch_norm_samples else "",
         "type": report.dtype,
         "made by": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }

@@ -11,19 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stockpot.checkpoints import save_weights
 from stockpot.config import Init, SoupSpec
 from stockpot.evaluation import accuracy
 from stockpot.outcomes import Accuracy, AlphaPoint, Scores
-from stockpot.soup.kitchen import Dish, Kitchen
-from stockpot.soup.recipes.averaging import average
+from stockpot.soup.dishes import on_line, open_init, prune, stock
+from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
 from stockpot.soup.recipes.geometry import angles, gram
-from stockpot.soup.recipes.interpolation import ALPHAS, coefficients
-from stockpot.soup.recipes.model_stock import model_stock
-from stockpot.soup.recipes.pruned import pruned
-from stockpot.soup.recipes.weights import Weights, open_weights
-from stockpot.training import inits
+from stockpot.soup.recipes.interpolation import ALPHAS
+from stockpot.soup.recipes.weights import Weights
 
 Recipes = Mapping[str, Sequence[str]]
 """`best_single`, `uniform` and `greedy` to their trials."""
@@ -41,13 +37,12 @@ class Comparison:
 
 def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, folder: Path) -> Comparison:
     """Make and score everything in `spec.compare`. The init's weights are put into `folder`."""
-    save_weights(folder / "init.safetensors", inits.fetch(init)[1])
-    start = open_weights(folder / "init.safetensors")
+    start = open_init(init, folder)
     make: dict[str, Callable[[], Scores]] = {
         "pruned": lambda: kitchen.scores(prune(kitchen)),
         "learned": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=False)),
         "learned_by_layer": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=True)),
-        "model_stock": lambda: kitchen.scores(_model_stock(kitchen, init, start)),
+        "model_stock": lambda: kitchen.scores(stock(kitchen, init, start)),
         "ensemble": lambda: _ensemble(kitchen, tuple(kitchen.pool.candidates)),
         "greedy_ensemble": lambda: _ensemble(kitchen, _ensemble_members(kitchen, spec)),
     }
@@ -67,19 +62,6 @@ def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, fold
         start.close()
 
 
-def prune(kitchen: Kitchen) -> Dish:
-    """The pruned soup."""
-    held_out = {trial: one.ingredient.held_out for trial, one in kitchen.pool.candidates.items()}
-    stay = pruned(held_out, lambda trials: kitchen.accuracy(kitchen.soup(trials), "held_out"))
-    return kitchen.soup(stay)
-
-
-def _model_stock(kitchen: Kitchen, init: Init, start: Weights) -> Dish:
-    chosen = sorted(kitchen.pool.candidates.values(), key=lambda one: one.ingredient.weights_sha256)
-    identity = ("model_stock", init.digest, *[one.ingredient.weights_sha256 for one in chosen])
-    return Dish(identity, lambda: model_stock(start, [one.weights for one in chosen]))
-
-
 def _ensemble_members(kitchen: Kitchen, spec: SoupSpec) -> tuple[str, ...]:
     own = {trial: one.logits for trial, one in kitchen.pool.candidates.items()}
     return greedy_ensemble(own, torch.as_tensor(kitchen.splits["held_out"].labels), spec.accept)
@@ -94,18 +76,7 @@ def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Scores:
 
 
 def _line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str]) -> tuple[AlphaPoint, ...]:
-    files = [start, *[kitchen.pool.candidates[trial].weights for trial in sorted(trials)]]
-    contents = [init.digest, *[kitchen.pool.candidates[trial].ingredient.weights_sha256 for trial in sorted(trials)]]
-
-    def dish(alpha: float) -> Dish:
-        if alpha == 1:
-            return kitchen.soup(trials)  # to the bit; a weighted sum with a zero in it is rounded otherwise
-        shares = coefficients(len(trials), alpha)
-        return Dish(
-            tuple(f"{share:.12g}*{content}" for share, content in zip(shares, contents, strict=True)), lambda: average(files, shares)
-        )
-
-    return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(dish(alpha))) for alpha in ALPHAS)
+    return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(on_line(kitchen, init, start, trials, alpha))) for alpha in ALPHAS)
 
 
 def _midpoints(kitchen: Kitchen, best: str) -> dict[str, Accuracy]:

@@ -22,7 +22,7 @@ from stockpot.soup.soupability import Candidate, Pool, open_model, require_alike
 
 def rescored(pool: Pool, kitchen: Kitchen, sweep: Sweep) -> Pool:
     """The pool with candidates of earlier sweeps scored on this held_out, without those that may have been trained on it."""
-    seen, doubts = kitchen.splits["held_out"], {}
+    doubts = {}
     for trial, origin in pool.origins.items():
         if trial not in pool.candidates:
             continue
@@ -31,8 +31,7 @@ def rescored(pool: Pool, kitchen: Kitchen, sweep: Sweep) -> Pool:
         except IngredientMismatch as doubt:
             doubts[trial] = str(doubt)
         else:
-            logits_NC = kitchen.logits(kitchen.soup([trial]), "held_out")
-            pool = pool.rescored(trial, logits_NC, seen.labels, seen.transform_digest)
+            pool = kitchen.rescored(pool, trial)
     return pool.without(doubts)
 
 

@@ -30,11 +30,13 @@ from stockpot.models.folders import check_fingerprint, write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, Cost, Scores
 from stockpot.soup.recipes.averaging import average
+from stockpot.soup.recipes.batch_norm import norms
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine
 from stockpot.soup.recipes.greedy import ranked
 from stockpot.soup.recipes.learned import learn, mixture
 from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.score_cache import ScoreCache
+from stockpot.soup.settling import settle, settling_samples
 from stockpot.soup.soupability import Pool
 
 # N samples, B block, C classes
@@ -60,6 +62,8 @@ class Stove:
     device: str
     model: Classifier
     loaded: tuple[str, ...] = ()
+    settling: Sequence[Tensor] = ()
+    """Training samples that BatchNorm statistics are estimated on whenever the weights change; none leaves them as they are averaged."""
     samples: int = 0
     """Forward passes of one sample so far."""
 
@@ -67,6 +71,8 @@ class Stove:
         """Put the dish's weights into the model, unless they are in it."""
         if dish.identity != self.loaded:
             load_state(self.model, dish.make())
+            settle(self.model, self.settling, self.device)
+            self.samples += sum(map(len, self.settling))
             self.loaded = dish.identity
 
 
@@ -92,7 +98,10 @@ class Kitchen:
         self._digests = {name: snapshot.digest for name, snapshot in pinned.items()}
         self._cache = ScoreCache(cache_root() / "scores", self.device)
         places = devices or [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-        self.stoves = [Stove(place, build(config).to(place).eval()) for place in places]
+        models = [build(config).to(place).eval() for place in places]
+        self.settling = settling_samples(sweep, config.preprocess) if norms(models[0]) else ()
+        self._settled = (f"BatchNorm of {sum(map(len, self.settling))} samples of {main.digest}",) if self.settling else ()
+        self.stoves = [Stove(place, model, settling=self.settling) for place, model in zip(places, models, strict=True)]
         self._soups: dict[tuple[str, ...], Tensor] = {}
         self.costs: dict[str, Cost] = {}
 
@@ -152,6 +161,11 @@ class Kitchen:
             known = self._cache.get(self._key(dish, split), 0)
             assert known is not None
         return known.accuracy
+
+    def rescored(self, pool: Pool, trial: str) -> Pool:
+        """The pool with one of this kitchen's candidates judged by what it says here, instead of what was recorded of it."""
+        seen = self.splits["held_out"]
+        return pool.rescored(trial, self.logits(self.soup([trial]), "held_out"), seen.labels, seen.transform_digest)
 
     def verdict(self, trials: Sequence[str], need: int, stove: Stove | None = None) -> Verdict:
         """A greedy candidate on held_out, looked at no longer than its fate is open: the newest ingredient is the last one named."""
@@ -233,7 +247,7 @@ class Kitchen:
         return torch.stack([self.pool.candidates[trial].logits for trial in trials]).mean(dim=0)
 
     def _key(self, dish: Dish, split: str) -> str:
-        return self._cache.key(dish.identity, self._digests[split], split, self.splits[split].transform_digest)
+        return self._cache.key(dish.identity + self._settled, self._digests[split], split, self.splits[split].transform_digest)
 
 
 def _suite(name: str) -> str:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from stockpot.checkpoints import save_weights
-from stockpot.config import SoupSpec, Sweep
+from stockpot.config import Sweep
 from stockpot.digests import canonical
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Accuracy, Calibration, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture
-from stockpot.soup.comparing import Comparison, Recipes, compare, prune
+from stockpot.soup.comparing import Comparison, Recipes, compare
+from stockpot.soup.dishes import shipped
 from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked, shuffled
@@ -62,6 +63,8 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupRepo
             if sweep.request.soup.champion:
                 kitchen.pool = pool = joining.with_champion(pool, kitchen, sweep, folder / "champion")
             kitchen.pool = pool = _trusted(pool, kitchen)
+            for trial in pool.candidates if kitchen.settling else ():
+                kitchen.pool = pool = kitchen.rescored(pool, trial)
             for trial, reason in kitchen.pool.excluded.items():
                 say(f"left out {trial}: {reason}")
             return _cook(sweep, kitchen, folder, began, say)
@@ -88,7 +91,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
     recipes = {"best_single": (best,), "uniform": tuple(sorted(singles)), "greedy": members(steps)}
     scores = {name: kitchen.scores(kitchen.soup(trials)) for name, trials in recipes.items()}
     with kitchen.measured(wanted) if wanted not in recipes else nullcontext():
-        dish = _dish(kitchen, sweep.request.soup, recipes)
+        dish = _dish(kitchen, sweep, recipes, folder)
         scores[wanted] = kitchen.scores(dish)
     for name, trials in recipes.items():
         say(f"{name.replace('_', ' ')} of {len(trials)}: held_out {scores[name].held_out.value:.4f}")
@@ -104,6 +107,8 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         best_single=best,
         ingredients=dish.trials,
         shares=dish.shares,
+        alpha=sweep.request.soup.alpha if wanted == "wise_ft" else None,
+        batch_norm_samples=sum(map(len, kitchen.settling)) or None,
         steps=tuple(steps),
         scores=scores | compared.scores,
         alphas=compared.alphas,
@@ -133,11 +138,10 @@ def _calibration(kitchen: Kitchen, dish: Dish, gate_NC: Tensor, labels_N: Tensor
     return Calibration(before=calibration_error(gate_NC, labels_N), after=calibration_error(gate_NC / found, labels_N), temperature=found)
 
 
-def _dish(kitchen: Kitchen, spec: SoupSpec, recipes: Recipes) -> Dish:
+def _dish(kitchen: Kitchen, sweep: Sweep, recipes: Recipes, folder: Path) -> Dish:
     """What ships."""
-    if spec.recipe in recipes:
-        return kitchen.soup(recipes[spec.recipe])
-    return prune(kitchen) if spec.recipe == "pruned" else kitchen.learned(spec.mixing, by_layer=spec.recipe == "learned_by_layer")
+    spec = sweep.request.soup
+    return kitchen.soup(recipes[spec.recipe]) if spec.recipe in recipes else shipped(kitchen, sweep.init, spec, recipes["greedy"], folder)
 
 
 def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:
@@ -211,6 +215,8 @@ def _record(report: SoupReport, sweep: Sweep, pool: Pool, gate_logits: dict[str,
         "versions": report.versions,
         "dtype": report.dtype,
         "shares": report.shares,
+        "alpha": report.alpha,
+        "batch_norm_samples": report.batch_norm_samples,
     }
     (soup / "recipe.json").write_bytes(canonical(recipe))
     run = tracking.open_soup_run(report.model, report.sweep_id)

@@ -7,12 +7,12 @@ from uuid import uuid4
 import pytest
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from stockpot.config import GateSpec, SoupSpec
-from stockpot.errors import IngredientMismatch, RegistryError
+from stockpot.config import GateSpec, MixingSpec, SoupSpec
+from stockpot.errors import IngredientMismatch, ModelError, RegistryError
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import SoupReport
-from stockpot.release import releasing
+from stockpot.release import explaining, releasing
 from stockpot.release.explaining import explain, read_report, reproduce
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
@@ -106,6 +106,43 @@ def test_a_version_keeps_its_own_record_when_its_sweep_is_cooked_again(ground: G
     assert [version.version for version, _ in versions] == [1, 2]
     assert [read_report(version) for version, _ in versions] == [report for _, report in versions]
     assert [reproduce(f"{sweep.request.model}/{number}").version for number in (1, 2)] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_recipe_is_rebuilt_from_its_record_and_a_flipped_bit_found(
+    ground: Ground, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mixing = f"explaining-{uuid4().hex[:8]}", MixingSpec(ingredients=2, batch_size=16, epochs=2)
+    trained = tiny_sweep(ground, model, 3)
+    finish_trials(ground, trained, tmp_path)
+    for recipe in ("pruned", "learned", "learned_by_layer", "model_stock", "wise_ft"):
+        sweep = tiny_sweep(ground, model, 3, SoupSpec.model_validate({"recipe": recipe, "mixing": mixing, "alpha": 0.7}))
+        report = cook(sweep.id, say=[].append)
+        version = releasing.register(report)
+        assert (report.recipe, recipe in report.scores) == (recipe, True)
+        assert reproduce(f"{model}/{version.version}").soup_sha256 == report.soup_sha256
+        ingredient = tracking.find_ingredient(model, report.ingredients[-1])
+        assert ingredient is not None
+        trial = tmp_path / recipe
+        tracking.fetch_ingredient(ingredient, trial)
+        mend = model_file(ingredient.model_id, trial, "model.safetensors")
+        with pytest.raises(IngredientMismatch, match="its weights have sha256"):
+            reproduce(f"{model}/{version.version}")
+        mend()
+    share = report.model_copy(update={"alpha": 0.70001})
+    with monkeypatch.context() as patch:
+        patch.setattr(explaining, "read_report", lambda _: share)
+        with pytest.raises(RegistryError, match="give another sha256 than was registered"):
+            reproduce(f"{model}/{version.version}")
+    weights = Path(ground.init.uri) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(flipped(whole))
+    try:
+        with pytest.raises(ModelError, match="The init at"):
+            reproduce(f"{model}/{version.version}")
+    finally:
+        weights.write_bytes(whole)
 
 
 def test_names_that_lead_nowhere_are_refused(ledger: str) -> None:
