@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from stockpot.config import Preprocess, Sweep
+from stockpot.config import Preparation, Sweep
 from stockpot.data.shards import TrainReader
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import normalise
@@ -21,7 +21,7 @@ BATCH = 64
 """Samples that BatchNorm sees together, where train has as many; a last batch that is not full is left out."""
 
 
-def settling_samples(sweep: Sweep, preprocess: Preprocess) -> tuple[Tensor, ...]:
+def settling_samples(sweep: Sweep, preprocess: Preparation) -> tuple[Tensor, ...]:
     """The first `batch_norm_samples` training samples of epoch 0 in the order of seed 0, on any machine: batches uint8 (B, 3, S, S).
     None where the request does not ask for it."""
     count = sweep.request.soup.batch_norm_samples

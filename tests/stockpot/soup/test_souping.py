@@ -8,7 +8,7 @@ import torch
 
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import MixingSpec, SoupSpec, Sweep
-from stockpot.data import pixel_store
+from stockpot.data import images
 from stockpot.data.images import decode
 from stockpot.digests import canonical, file_digest
 from stockpot.errors import SweepMissing, TooFewIngredients
@@ -229,7 +229,7 @@ def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
     pool = gather(finish_trials(ground, sweep, tmp_path), sweep.init, tmp_path / "pool")
     singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
     decoded: list[bytes] = []
-    monkeypatch.setattr(pixel_store, "decode", lambda data: (decoded.append(data), decode(data))[1])
+    monkeypatch.setattr(images, "decode", lambda data: (decoded.append(data), decode(data))[1])
     found = []
     for devices in (["cpu"], ["cpu", "cpu"]):
         decoded.clear()
