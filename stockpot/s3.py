@@ -141,7 +141,7 @@ def said(uri: str, timeout_s: float) -> Iterator[None]:
     except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
         raise StorageRefused(
             f"S3 refused access to {uri} ({_credentials()}, {where()}): {_reason(error)}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-            "to a key that may use this bucket."
+            "to a key that may use this bucket; a local stack's own key is found by every command while it is up (stockpot stack up)."
         ) from error
     except (FileExistsError, ClientError, OSError) as error:
         code = _code(error)

@@ -1,6 +1,7 @@
 """Looking at samples before they enter a snapshot: every problem is collected with its shard and sample, and reported at once."""
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,11 @@ class Problems:
             return unreadable
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         first = next(example for kind, _ in self.counts.most_common() for example in self.examples[kind])
-        raise ProblemsFound(f"Found {total:,} problems in {samples:,} samples ({kinds}), needed 0. First: {first}.", self)
+        needed = f"at most {skip_fraction:g} of them" if skip_fraction else "0"
+        way_out = "Mend or remove what is named"
+        if total == unreadable:
+            way_out += f", or let so many stay in, as train: --skip-fraction {math.ceil(1000 * total / samples) / 1000:g}"
+        raise ProblemsFound(f"Found {total:,} problems in {samples:,} samples ({kinds}), needed {needed}. First: {first}. {way_out}.", self)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Candidate:
     data: bytes
     label: int
     fields: Mapping[str, Any]
+    origin: str = ""
+
+    @property
+    def known_as(self) -> str:
+        """What a person finds it by."""
+        return self.origin or self.key
 
 
 @dataclass(frozen=True)
@@ -124,9 +135,9 @@ class Examiner:
     def _row(self, shard: int, name: str, sample: Candidate, seen: bytes | str, problems: Problems) -> dict[str, Any]:
         if sample.label < 0 or (self.classes and sample.label >= len(self.classes)):
             highest = len(self.classes) - 1 if self.classes else "the number of classes"
-            problems.add("label out of range", name, sample.key, f"label {sample.label} is outside 0..{highest}")
+            problems.add("label out of range", name, sample.known_as, f"label {sample.label} is outside 0..{highest}")
         if isinstance(seen, str):
-            problems.add(UNREADABLE, name, sample.key, seen)
+            problems.add(UNREADABLE, name, sample.known_as, seen)
         digest = hashlib.sha256(sample.data).digest() if isinstance(seen, str) else seen
         return {
             "key": sample.key, "shard": shard, "offset": sample.offset, "size": len(sample.data), "label": sample.label,
@@ -137,7 +148,9 @@ class Examiner:
         if self.group_by == "pixels":
             return digest
         if self.group_by not in sample.fields:
-            problems.add("missing group field", name, sample.key, f"its json has no `{self.group_by}`, which the splits are grouped by")
+            problems.add(
+                "missing group field", name, sample.known_as, f"its json has no `{self.group_by}`, which the splits are grouped by"
+            )
         return str(sample.fields.get(self.group_by)).encode()
 
 

@@ -88,6 +88,7 @@ def finish(
     unreadable = problems.raise_unless_within(skip_fraction, rows.num_rows)
     labels = rows["label"].to_numpy()
     classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
+    require_several(name, classes)
     codes, rule = _split(rows, splits, extends, classes)
     _require_classes(labels, codes, classes, least_per_class)
     index = folder / "index.parquet"
@@ -107,6 +108,15 @@ def finish(
         index=IndexFile(key=key, size=index.stat().st_size, sha256=file_digest(index), samples=rows.num_rows),
     )
     return commit(root, manifest)
+
+
+def require_several(name: str, classes: tuple[str, ...]) -> None:
+    """Raise `DataError` for a dataset of fewer than two classes: every classifier would be right about it."""
+    if len(classes) < 2:
+        raise DataError(
+            f"{name} has {len(classes)} class ({', '.join(classes)}), needed at least 2: a folder for each class, right below the address "
+            "that is published, or a line for each in classes.txt."
+        )
 
 
 def class_counts(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...]) -> dict[str, list[int]]:
@@ -152,7 +162,8 @@ def _require_classes(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], cla
         short_of = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < least]
         if short_of:
             raise DataError(
-                f"Split {split} has fewer than {least} samples of {len(short_of)} of {len(classes)} classes: {', '.join(short_of[:5])}. "
+                f"Split {split} has {'no' if least == 1 else f'fewer than {least}'} samples of {len(short_of)} of {len(classes)} classes: "
+                f"{', '.join(short_of[:5])}. "
                 "Add samples, draw a larger share, or lower the least number per class."
             )
 

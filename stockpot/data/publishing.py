@@ -21,7 +21,7 @@ from webdataset.writer import TarWriter
 from stockpot import storage
 from stockpot.config import PinnedSnapshot
 from stockpot.data.examination import Candidate, Examiner, Problems
-from stockpot.data.manifests import Finished, Records, finish
+from stockpot.data.manifests import Finished, Records, finish, require_several
 from stockpot.data.snapshots import Shard
 from stockpot.data.splits import SplitSpec
 from stockpot.digests import short
@@ -45,6 +45,8 @@ class Sample:
     extension: str = "png"
     """`npy` for tokens."""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    """What it is called where it comes from, for whoever has to mend it; default: its key."""
 
 
 class Source(Protocol):
@@ -97,6 +99,7 @@ def publish(
     an older snapshot, so that none of its samples changes split. `skip_fraction` is the share of undecodable samples that may stay in,
     always as train. Raises `ProblemsFound` with every problem of the source at once, `DataError` when a split lacks a class.
     """
+    require_several(name, classes)
     examiner = Examiner(classes, splits.group_by if isinstance(splits, SplitSpec) else "pixels")
     job = short([root, name, classes, source.identity, shard_bytes, examiner.group_by]) if source.identity else None
     records = Records(root, job)
@@ -176,7 +179,7 @@ def _append(tar: TarWriter, sample: Sample) -> Candidate:
             break
         offset += 512 + -(-len(members[extension]) // 512) * 512
     tar.write({"__key__": sample.key, **members})
-    return Candidate(sample.key, offset, sample.data, sample.label, sample.fields)
+    return Candidate(sample.key, offset, sample.data, sample.label, sample.fields, sample.origin)
 
 
 class _Hashing:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from stockpot import storage
 from stockpot.config import PinnedSnapshot
 from stockpot.data.examination import ROWS, Candidate, Examiner, Problems
-from stockpot.data.manifests import Finished, Records, finish
+from stockpot.data.manifests import Finished, Records, finish, require_several
 from stockpot.data.publishing import EXAMINED_AT_ONCE, Progress
 from stockpot.data.snapshots import Shard, Snapshot
 from stockpot.data.sources import list_shards
@@ -50,6 +50,8 @@ def register(
         raise BadRequest(
             f"Shard {again[0]} is listed twice ({len(again)} such shards); its samples would count twice. List every shard once."
         )
+    if classes:
+        require_several(name, classes)
     examiner = Examiner(classes, splits.group_by if isinstance(splits, SplitSpec) else "pixels")
     records = Records(root, short([[[item.uri, item.size, item.etag] for item in shards], classes, examiner.group_by]))
     finished = records.load()

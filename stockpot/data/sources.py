@@ -62,7 +62,7 @@ class ClassFolders:
             while batch := list(islice(rest, READ_AHEAD)):
                 for item, data in zip(batch, pool.map(lambda item: storage.read_bytes(item.uri), batch), strict=True):
                     below = self._below(item)
-                    yield Sample(safe_key(below), data, labels[below.split("/")[0]], below.rpartition(".")[2].lower())
+                    yield Sample(safe_key(below), data, labels[below.split("/")[0]], below.rpartition(".")[2].lower(), origin=item.uri)
 
     def _below(self, item: StoredObject) -> str:
         return item.uri[len(self.uri.rstrip("/")) + 1 :]

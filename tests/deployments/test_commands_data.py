@@ -61,10 +61,17 @@ def test_problems_are_a_table_and_one_sentence(folders: Path, tmp_path: Path) ->
     answer = run("publish", folders, tmp_path / "data", *SPLITS)
     assert isinstance(answer.exception, StockpotError)
     assert "unreadable sample" in str(answer.exception)
-    assert "ant/broken-png" in answer.stderr
+    assert f"{folders}/ant/broken.png" in str(answer.exception)
+    assert "--skip-fraction 0.011" in str(answer.exception)
     (problem,) = json.loads(run("publish", folders, tmp_path / "data", *SPLITS, "--json").stdout)["problems"]
-    assert (problem["problem"], problem["count"], problem["sample"]) == ("unreadable sample", 1, "ant/broken-png")
-    assert run("publish", folders, tmp_path / "data", *SPLITS, "--skip-fraction", "0.05").exit_code == 0
+    assert (problem["problem"], problem["count"], problem["sample"]) == ("unreadable sample", 1, f"{folders}/ant/broken.png")
+    assert run("publish", folders, tmp_path / "data", *SPLITS, "--skip-fraction", "0.011").exit_code == 0
+
+
+def test_a_dataset_of_one_class_is_refused(folders: Path, tmp_path: Path) -> None:
+    answer = run("publish", folders.parent, tmp_path / "one", *SPLITS)
+    assert "has 1 class (source), needed at least 2" in str(answer.exception)
+    assert not (tmp_path / "one").exists()
 
 
 def test_what_changed_is_said(folders: Path, tmp_path: Path) -> None:

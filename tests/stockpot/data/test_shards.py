@@ -220,6 +220,16 @@ def test_an_evaluation_split_of_a_snapshot_that_does_not_fit_is_the_same(
     assert np.array_equal(pixels(snapshot, "gate", PREPROCESS).images, streamed)
 
 
+def test_pixels_that_a_disk_damaged_are_built_again(snapshot: Snapshot, node: Path) -> None:
+    expected = np.array(pixels(snapshot, "gate", PREPROCESS).images)
+    (store,) = (node / "pixels").glob("*/images.npy")
+    store.chmod(0o644)
+    damaged = bytearray(store.read_bytes())
+    damaged[-7] ^= 1
+    store.write_bytes(damaged)
+    assert np.array_equal(pixels(snapshot, "gate", PREPROCESS).images, expected)
+
+
 def test_a_build_that_was_killed_is_built_again(snapshot: Snapshot, node: Path) -> None:
     expected = np.array(pixels(snapshot, "gate", PREPROCESS).images)
     (folder,) = [path for path in (node / "pixels").iterdir() if path.is_dir()]
