@@ -1,7 +1,8 @@
 """The mean of many weight files in one pass, in bounded memory: the result, and a chunk per thread, however many files there are.
 
-Neighbouring float tensors are one flat run. A chunk of it stays in the processor's cache while every file adds to it, so the traffic is
-one read of every file and one write of the result. Integer and bool tensors must be equal everywhere, but for `num_batches_tracked`,
+Neighbouring float tensors are one flat run. A thread maps a stretch of it from every file, adds them up chunk by chunk, a chunk of the sum
+staying in the processor's cache meanwhile, and unmaps the stretch: the traffic is one read of every file, straight from the page cache,
+and one write of the result. Integer and bool tensors must be equal everywhere, but for `num_batches_tracked`,
 whose largest value is taken.
 
 Numerics. The plain mean of float32 files is summed in float32, in place in the result, and divided once: N roundings, so it is within
@@ -13,10 +14,11 @@ any order of arguments, on any machine, with any number of threads, because addi
 Ignores what the weights mean: BatchNorm statistics are averaged like any tensor and never re-estimated (it can ruin a model).
 """
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +31,11 @@ from stockpot.errors import IngredientMismatch
 from stockpot.soup.recipes.weights import Slot, Weights, difference
 
 CHUNK = 1 << 18
-"""Bytes of a sum that a thread works at: with one file's part it stays in a second-level cache, and 32,768 float64 are the most that torch
-does not split over threads of its own."""
+"""Bytes of a sum that a thread works at: it stays in a second-level cache, and 32,768 float64 are the most that torch does not split over
+threads of its own."""
+
+MAPPED = 1 << 28
+"""Bytes that are mapped at a time, of all files and by all threads together: fewer, and mapping takes longer than adding."""
 
 SAMPLES = 32
 """Places at which two files are compared before their whole content is."""
@@ -43,8 +48,12 @@ class Run(NamedTuple):
     starts: tuple[int, ...]
     target: int
     elements: int
-    total: type = np.float64
-    """What its sums are made in."""
+
+    def part(self, first: int, count: int) -> "Run":
+        """At most `count` elements of it, from `first` on."""
+        shift = first * self.dtype.itemsize
+        starts = tuple(start + shift for start in self.starts)
+        return Run(self.dtype, starts, self.target + shift, min(count, self.elements - first))
 
 
 def average(files: Sequence[Weights], coefficients: Sequence[float] | None = None, *, threads: int | None = None) -> dict[str, Tensor]:
@@ -61,10 +70,11 @@ def average(files: Sequence[Weights], coefficients: Sequence[float] | None = Non
     buffer = torch.from_numpy(np.empty(total, np.uint8))  # numpy asks for huge pages, torch does not
     if coefficients is None:
         files = content_order(files)
-    pieces = iter(list(_pieces(_runs(files, order, offsets), coefficients is None)))  # threads take turns at one iterator
     workers = threads or torch.get_num_threads()
+    size = max(1, MAPPED // (workers * len(files) * CHUNK)) * CHUNK
+    stretches = iter([stretch for run in _runs(files, order, offsets) for stretch in _stretches(run, size)])  # taken in turns
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda _: _sum(files, coefficients, pieces, buffer), range(workers)))
+        list(pool.map(lambda _: _sum(files, coefficients, stretches, buffer), range(workers)))
     state = {name: _view(buffer, files[0].slots[name], offsets[name]) for name in order}
     for name in order:
         if not state[name].is_floating_point():
@@ -132,48 +142,62 @@ def _runs(files: Sequence[Weights], order: Sequence[str], offsets: dict[str, int
         yield run
 
 
-def _pieces(runs: Iterator[Run], plain: bool) -> Iterator[Run]:
-    for run in runs:
-        total = np.float32 if plain and run.dtype == torch.float32 else np.float64
-        step = CHUNK // np.dtype(total).itemsize
-        for first in range(0, run.elements, step):
-            shift = first * run.dtype.itemsize
-            starts = tuple(start + shift for start in run.starts)
-            yield Run(run.dtype, starts, run.target + shift, min(step, run.elements - first), total)
+def _stretches(run: Run, size: int) -> Iterator[Run]:
+    count = size // run.dtype.itemsize
+    return (run.part(first, count) for first in range(0, run.elements, count))
 
 
-def _sum(files: Sequence[Weights], coefficients: Sequence[float] | None, pieces: Iterator[Run], buffer: Tensor) -> None:
-    """Sum pieces until none is left, in memory of this thread's own."""
-    total, part = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint8)
-    for piece in pieces:
-        bytes_here = piece.elements * piece.dtype.itemsize
-        add = _sum_float32 if piece.total is np.float32 else partial(_sum_float64, coefficients)
-        target = buffer[piece.target : piece.target + bytes_here].view(piece.dtype)
-        add(files, piece, total.view(piece.total)[: piece.elements], part[:bytes_here], target)
+def _sum(files: Sequence[Weights], coefficients: Sequence[float] | None, stretches: Iterator[Run], buffer: Tensor) -> None:
+    """Sum stretches until none is left."""
+    for stretch in stretches:
+        size = stretch.elements * stretch.dtype.itemsize
+        target = buffer[stretch.target : stretch.target + size].view(stretch.dtype)
+        with _mapped(files, stretch.starts, size) as parts:
+            addends = [torch.frombuffer(part, dtype=stretch.dtype) for part in parts]
+            if coefficients is None and stretch.dtype == torch.float32:
+                _sum_float32([addend.numpy() for addend in addends], target.numpy())
+            else:
+                _sum_float64(addends, coefficients, target)
+            del addends
 
 
-def _sum_float32(files: Sequence[Weights], piece: Run, total: NDArray[np.float32], part: NDArray[np.uint8], target: Tensor) -> None:
-    addend, into = part.view(np.float32), part.data
-    _read(files[0], piece.starts[0], total.view(np.uint8).data)
-    for file, start in zip(files[1:], piece.starts[1:], strict=True):
-        _read(file, start, into)
-        np.add(total, addend, out=total)
-    np.divide(total, np.float32(len(files)), out=target.numpy())
+def _sum_float32(addends: Sequence[NDArray[np.float32]], target: NDArray[np.float32]) -> None:
+    step = CHUNK // 4
+    for first in range(0, len(target), step):
+        total = target[first : first + step]
+        total[:] = addends[0][first : first + step]
+        for addend in addends[1:]:
+            np.add(total, addend[first : first + step], out=total)
+        np.divide(total, np.float32(len(addends)), out=total)
 
 
-def _sum_float64(
-    coefficients: Sequence[float] | None,
-    files: Sequence[Weights],
-    piece: Run,
-    total: NDArray[np.float64],
-    part: NDArray[np.uint8],
-    target: Tensor,
-) -> None:
-    sums, addend, into = torch.from_numpy(total).zero_(), torch.from_numpy(part).view(piece.dtype), part.data
-    for number, (file, start) in enumerate(zip(files, piece.starts, strict=True)):
-        _read(file, start, into)
-        sums.add_(addend, alpha=1.0 if coefficients is None else coefficients[number])
-    target.copy_(sums.div_(len(files)) if coefficients is None else sums)
+def _sum_float64(addends: Sequence[Tensor], coefficients: Sequence[float] | None, target: Tensor) -> None:
+    step = CHUNK // 8
+    room = torch.empty(step, dtype=torch.float64)
+    for first in range(0, len(target), step):
+        chunk = target[first : first + step]
+        total = room[: len(chunk)].zero_()
+        for number, addend in enumerate(addends):
+            total.add_(addend[first : first + step], alpha=1.0 if coefficients is None else coefficients[number])
+        chunk.copy_(total.div_(len(addends)) if coefficients is None else total)
+
+
+@contextmanager
+def _mapped(files: Sequence[Weights], starts: Sequence[int], size: int) -> Iterator[list[memoryview]]:
+    """`size` bytes of every file from its start on, as they lie in the page cache."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(_map(file, start, size)) for file, start in zip(files, starts, strict=True)]
+
+
+@contextmanager
+def _map(file: Weights, start: int, size: int) -> Iterator[memoryview]:
+    before = start % mmap.ALLOCATIONGRANULARITY
+    try:
+        mapping = mmap.mmap(file.fd, before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    except ValueError as error:
+        raise IngredientMismatch(f"`{file.path}` ended while it was read; fetch it again.") from error
+    with mapping, memoryview(mapping)[before:] as part:
+        yield part
 
 
 def _read(file: Weights, start: int, into: memoryview) -> None:

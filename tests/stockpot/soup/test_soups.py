@@ -1,6 +1,7 @@
 """Guards: a soup equals the naive float64 mean of its members, and greedy decides as the reference loop does, for random pools and ties."""
 
 import copy
+import os
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import IngredientMismatch
 from stockpot.outcomes import Accuracy
+from stockpot.soup.recipes import averaging
 from stockpot.soup.recipes.averaging import CHUNK, _sample, average, first_non_finite
 from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins, right
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
@@ -83,11 +85,24 @@ def test_the_float32_mean_is_within_one_rounding_a_file_of_the_exact_one(
         assert bool(((mean.double() - stack.mean(0)).abs() <= bound).all())
 
 
-def test_a_tensor_longer_than_a_chunk_and_any_number_of_threads_give_the_same_bits(tmp_path: Path) -> None:
-    states = random_states(1, 3, elements=CHUNK // 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_chunks_and_stretches_and_any_number_of_threads_give_the_same_bits(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = random_states(1, 3, dtype, elements=CHUNK // 4)
     files = stored(tmp_path, states)
-    assert same(average(files, threads=1), average(files, threads=3))
-    assert close(average(files), naive_mean(states))
+    lone = average(files, threads=1)
+    assert same(average(files, threads=3), lone)
+    monkeypatch.setattr(averaging, "MAPPED", 1)
+    assert same(average(files, threads=3), lone)
+    assert (close if dtype == torch.float32 else same)(lone, naive_mean(states))
+
+
+def test_a_file_that_shrinks_while_it_is_averaged_is_a_sentence(tmp_path: Path) -> None:
+    files = stored(tmp_path, random_states(1, 2, elements=CHUNK // 4))
+    os.truncate(files[1].path, CHUNK)
+    with pytest.raises(IngredientMismatch, match="ended while it was read"):
+        average(files)
 
 
 @settings(deadline=None, max_examples=15)
