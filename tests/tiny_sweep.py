@@ -20,6 +20,7 @@ from stockpot.digests import digest
 from stockpot.evaluation import accuracy, features, logits
 from stockpot.fields import Closed
 from stockpot.ledger import tracking
+from stockpot.ledger.trial_log import TrialLog
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
@@ -139,7 +140,7 @@ def finish_trial(
     write_model(place, model)
     save_weights(place / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
     (place / "card.json").write_text("{}")
-    with tracking.TrialLog(sweep.trials[index]) as log:
+    with TrialLog(sweep.trials[index]) as log:
         score = accuracy(logits_NC, held_out.labels)
         return log.record_ingredient(place, score, transform_digest=held_out.transform_digest, seconds=1.0)
 

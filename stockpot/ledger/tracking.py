@@ -6,22 +6,18 @@ exists once its LoggedModel is READY and carries the tag `stockpot.ingredient`: 
 """
 
 import json
-import os
 import time
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
-from uuid import uuid4
+from typing import Literal
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from mlflow.exceptions import RestException
 
-from stockpot.config import PinnedSnapshot, Sweep, Trial
+from stockpot.config import PinnedSnapshot, Sweep
 from stockpot.digests import file_digest
-from stockpot.errors import BudgetSpent, IngredientMismatch, ServerUnreachable
+from stockpot.errors import IngredientMismatch
 from stockpot.ledger.connection import (
     address,
     asking,
@@ -37,11 +33,9 @@ from stockpot.ledger.connection import (
     search_runs,
     sweep_run,
 )
-from stockpot.ledger.sampling import Sampler
-from stockpot.ledger.spool import Point, Spool, replay
-from stockpot.outcomes import Accuracy, Ingredient, SoupReport, SweepSummary
+from stockpot.outcomes import Ingredient, SoupReport, SweepSummary
 
-__all__ = ["TrialLog", "check_server", "close_sweep", "fetch_ingredient", "find_ingredient", "find_ingredients", "list_sweeps",
+__all__ = ["check_server", "close_sweep", "fetch_ingredient", "find_ingredient", "find_ingredients", "list_sweeps",
            "open_sweep", "read_report", "read_sweep", "record_report"]  # fmt: skip
 
 INGREDIENT_FILES = ("model.safetensors", "held_out.safetensors", "card.json", "model.json", "fingerprint.json")
@@ -53,7 +47,7 @@ def open_sweep(sweep: Sweep, flow_run_id: str | None = None) -> str:
     with asking():
         found = find_run(sweep.request.model, "sweep", sweep.id)
         run = found or create_run(sweep.request.model, f"sweep {sweep.id}", {"stockpot.kind": "sweep", "stockpot.sweep": sweep.id})
-        tags = {"stockpot.init": sweep.init.digest, "stockpot.trials": str(len(sweep.trials)), **_flow(flow_run_id)}
+        tags = {"stockpot.init": sweep.init.digest, "stockpot.trials": str(len(sweep.trials)), **flow_tags(flow_run_id)}
         mlflow_run_id = str(run.info.run_id)
         client().log_batch(mlflow_run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         # Written every time: an earlier parent may have died before this line, and the request may bring another gate or quorum.
@@ -74,7 +68,7 @@ def close_sweep(sweep_id: str, status: Status, counts: dict[str, int]) -> None:
     """End the sweep's run with the number of trials in every state, such as `{"finished": 7, "failed": 1}`."""
     with asking():
         mlflow_run_id = str(sweep_run(sweep_id).info.run_id)
-        now = _now_ms()
+        now = now_ms()
         client().log_batch(mlflow_run_id, metrics=[Metric(f"sweep/{name}", value, now, 0) for name, value in counts.items()])
         client().set_terminated(mlflow_run_id, status)
 
@@ -176,7 +170,7 @@ def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None) -> 
     """The run a sweep's soup is recorded on, a child of the sweep's: created or reopened. Returns its id."""
     with asking():
         run = find_run(model, "soup", sweep_id) or create_child(model, f"soup {sweep_id}", "soup", sweep_id, {})
-        for name, value in _flow(flow_run_id).items():
+        for name, value in flow_tags(flow_run_id).items():
             client().set_tag(run.info.run_id, name, value)
         return str(run.info.run_id)
 
@@ -212,148 +206,6 @@ def run_page(mlflow_run_id: str, model: str) -> str:
         return f"{address().rstrip('/')}/#/experiments/{experiment(model)}/runs/{mlflow_run_id}"
 
 
-class TrialLog:
-    """The child run of one trial, open while the `with` block runs: FINISHED after it, FAILED with the reason on an error, KILLED on an
-    interruption. A further attempt reopens the run of the first one, and from then on it alone says how the run ends. Metrics never stall
-    or stop the trial: see `spool`.
-
-    attempt: counts from 1. Raises `ServerUnreachable` on entering, before anything was computed.
-    """
-
-    def __init__(self, trial: Trial, flow_run_id: str | None = None, attempt: int = 1) -> None:
-        self.trial = trial
-        self._writer = uuid4().hex
-        self._tags = {"stockpot.attempt": str(attempt), "stockpot.writer": self._writer, **_flow(flow_run_id)}
-
-    def __enter__(self) -> Self:
-        check_server()
-        with asking():
-            trial = self.trial
-            tags = {"stockpot.trial": trial.id, "stockpot.index": str(trial.index)}
-            run = find_run(trial.model, "trial", trial.sweep_id, f" and tags.`stockpot.trial` = '{trial.id}'")
-            run = run or create_child(trial.model, f"trial {trial.index:03d} {trial.id}", "trial", trial.sweep_id, tags)
-            self.mlflow_run_id = str(run.info.run_id)
-            self._known_params = set(run.data.params)
-            client().update_run(self.mlflow_run_id, "RUNNING")
-            client().log_batch(self.mlflow_run_id, tags=[RunTag(name, value) for name, value in self._tags.items()])
-            client().log_inputs(self.mlflow_run_id, [_input("train", trial.snapshot, "training")])
-        self._spool = Spool(_spool_folder() / f"{self.mlflow_run_id}.{self._writer}.jsonl", self._send)
-        self._sampler = Sampler(self.metrics)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._sampler.close()
-        left = self._spool.close()
-        interrupted = isinstance(error, BudgetSpent) or not isinstance(error, Exception)
-        status = "FINISHED" if error is None else "KILLED" if interrupted else "FAILED"
-        reason = "" if error is None else (str(error) or type(error).__name__)[:5000]
-        try:
-            with asking():
-                if client().get_run(self.mlflow_run_id).data.tags.get("stockpot.writer") != self._writer:
-                    return  # a later attempt has the run
-                tags = [RunTag("stockpot.reason", reason), RunTag("stockpot.undelivered_points", str(left))]
-                client().log_batch(self.mlflow_run_id, tags=tags)
-                client().set_terminated(self.mlflow_run_id, status)
-        except ServerUnreachable:
-            if error is None:
-                raise
-
-    def params(self, values: dict[str, Any]) -> None:
-        """Log parameters; those of an earlier attempt stay as they are. Raises `ServerUnreachable`."""
-        new = [Param(name, str(value)) for name, value in values.items() if name not in self._known_params]
-        with asking():
-            for start in range(0, len(new), 100):
-                client().log_batch(self.mlflow_run_id, params=new[start : start + 100])
-        self._known_params.update(values)
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        """Keep one value per curve (`train/loss`, `held_out/accuracy`) at an optimiser step: returns at once, whatever the network does."""
-        now = _now_ms()
-        self._spool.add([Point(name, float(value), now, step) for name, value in values.items()])
-
-    def record_ingredient(
-        self, folder: Path, held_out: Accuracy, *, transform_digest: str, seconds: float, step: int = 0, ema_decay: float = 0.0
-    ) -> Ingredient:
-        """Store what the trial made (`INGREDIENT_FILES` in `folder`) as a LoggedModel. The tag written last makes it exist.
-
-        seconds: of the whole trial. ema_decay: of the moving average it is. Raises `IngredientMismatch` when a file is missing,
-        `ServerUnreachable`.
-        """
-        for name in INGREDIENT_FILES:
-            if not (folder / name).exists():
-                raise IngredientMismatch(f"Trial {self.trial.id} hands over no {name}; an ingredient is {', '.join(INGREDIENT_FILES)}.")
-        with asking():
-            return self._record(folder, held_out, transform_digest, seconds, step, ema_decay)
-
-    def _record(self, folder: Path, held_out: Accuracy, transform_digest: str, seconds: float, step: int, ema_decay: float) -> Ingredient:
-        trial, ledger, own = self.trial, client(), self.trial.ingredient_id(ema_decay)
-        tags = {"stockpot.trial": own, "stockpot.sweep": trial.sweep_id, "stockpot.init": trial.init.digest}
-        title = f"trial-{trial.index:03d}-{own}".replace(".", "_")  # a LoggedModel's name takes no dot
-        model = ledger.create_logged_model(experiment(trial.model), title, self.mlflow_run_id, tags=tags, model_type="stockpot.ingredient")
-        ledger.log_model_artifacts(model.model_id, str(folder))
-        ledger.finalize_logged_model(model.model_id, "READY")
-        ledger.log_outputs(self.mlflow_run_id, [LoggedModelOutput(model.model_id, step)])
-        name, cut = "held_out", trial.snapshot.digest[:36]
-        ledger.log_metric(
-            self.mlflow_run_id,
-            f"held_out/accuracy-ema-{ema_decay!r}" if ema_decay else "held_out/accuracy",
-            held_out.value,
-            step=step,
-            model_id=model.model_id,
-            dataset_name=name,
-            dataset_digest=cut,
-        )
-        ingredient = Ingredient(
-            trial_id=own,
-            index=trial.index,
-            ema_decay=ema_decay,
-            model_id=model.model_id,
-            mlflow_run_id=self.mlflow_run_id,
-            weights_sha256=file_digest(folder / INGREDIENT_FILES[0]),
-            files={name: file_digest(folder / name) for name in INGREDIENT_FILES[1:]},
-            init_digest=trial.init.digest,
-            transform_digest=transform_digest,
-            held_out=held_out,
-            settings=trial.settings,
-            seconds=seconds,
-        )
-        ledger.set_logged_model_tags(model.model_id, {"stockpot.ingredient": ingredient.model_dump_json()})
-        return ingredient
-
-    def _send(self, points: list[Point]) -> None:
-        _send_points(self.mlflow_run_id, points)
-
-
-def replay_metrics() -> int:
-    """Deliver what ended trials on this node could not, and return how many points that was. Points of a run that this server does not
-    know wait for the server that does. Raises `ServerUnreachable`."""
-    waiting = [path for path in sorted(_spool_folder().glob("*.jsonl")) if _known(_run_of(path))]
-    return sum(replay(path, partial(_send_points, _run_of(path))) for path in waiting)
-
-
-def _run_of(path: Path) -> str:
-    """The MLflow run whose points a spool file holds."""
-    return path.name.split(".")[0]
-
-
-def _known(mlflow_run_id: str) -> bool:
-    try:
-        with asking():
-            return bool(client().get_run(mlflow_run_id).info.lifecycle_stage == "active")
-    except RestException:
-        return False
-
-
-def _spool_folder() -> Path:
-    """Where points wait on this node."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stockpot" / "spool"
-
-
-def _send_points(mlflow_run_id: str, points: list[Point]) -> None:
-    with asking():
-        client().log_batch(mlflow_run_id, metrics=[Metric(*point) for point in points])
-
-
 def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
     tags = [one.tags["stockpot.ingredient"] for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
@@ -371,7 +223,7 @@ def _mismatch(ingredient: Ingredient, found: str) -> IngredientMismatch:
     return IngredientMismatch(f"Ingredient {ingredient.trial_id} is not what was recorded: {found}; run its trial again or leave it out.")
 
 
-def _input(name: str, snapshot: PinnedSnapshot, context: str) -> DatasetInput:
+def dataset(name: str, snapshot: PinnedSnapshot, context: str) -> DatasetInput:
     """A snapshot as MLflow dataset lineage; a digest field there holds 36 characters, so the sha256 is cut."""
     source = json.dumps({"uri": snapshot.uri})
     return DatasetInput(Dataset(name, snapshot.digest[:36], "http", source), tags=[InputTag("mlflow.data.context", context)])
@@ -379,14 +231,14 @@ def _input(name: str, snapshot: PinnedSnapshot, context: str) -> DatasetInput:
 
 def _inputs(sweep: Sweep) -> list[DatasetInput]:
     # The very input that each trial logs: the server keeps one row per dataset, and trials that start together would race to make it.
-    inputs = [_input("train", sweep.data.snapshot, "training")]
+    inputs = [dataset("train", sweep.data.snapshot, "training")]
     if sweep.data.test:
-        inputs.append(_input("test", sweep.data.test, "test"))
-    return inputs + [_input(name, snapshot, "shift") for name, snapshot in sweep.data.shifts.items()]
+        inputs.append(dataset("test", sweep.data.test, "test"))
+    return inputs + [dataset(name, snapshot, "shift") for name, snapshot in sweep.data.shifts.items()]
 
 
 def _report_metrics(report: SoupReport) -> list[Metric]:
-    now, metrics = _now_ms(), []
+    now, metrics = now_ms(), []
     for name, scores in report.scores.items():
         splits = {"held_out": scores.held_out, "gate": scores.gate, "test": scores.test}
         splits |= {f"shift_{suite}": score for suite, score in scores.shifts.items()}
@@ -402,9 +254,11 @@ def _report_tags(report: SoupReport, files: Path) -> list[RunTag]:
     return [RunTag(name, value) for name, value in tags.items()]
 
 
-def _flow(flow_run_id: str | None) -> dict[str, str]:
+def flow_tags(flow_run_id: str | None) -> dict[str, str]:
+    """What ties an MLflow run to the Prefect run that writes it."""
     return {"stockpot.prefect_flow_run_id": flow_run_id} if flow_run_id else {}
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """MLflow's clock: milliseconds since 1970."""
     return int(time.time() * 1000)

@@ -21,6 +21,7 @@ from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
+from stockpot.ledger.trial_log import TrialLog, replay_metrics
 from stockpot.models.classifier import Classifier, build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
@@ -47,14 +48,14 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     if done is not None:
         say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
         return done.model_copy(update={"index": trial.index})
-    if late := tracking.replay_metrics():
+    if late := replay_metrics():
         say(f"{late} points of earlier trials on this node were delivered")
     began = time.monotonic()
     config, weights = inits.fetch(trial.init)
     snapshot = open_snapshot(trial.snapshot)
     snapshot.require_classes(config.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tracking.TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
+    with TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
         log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest})
         log.params({"device": device, "gpus": trial.gpus})
         hold = Attempt(trial)
@@ -94,7 +95,7 @@ def _candidates(trial: Trial, hold: Attempt, start: Start, folder: Path, *, devi
     raise AssertionError("deferred_sigterm ends the process after Preempted")
 
 
-def _note(trial: Trial, log: tracking.TrialLog, say: Say) -> Log:
+def _note(trial: Trial, log: TrialLog, say: Say) -> Log:
     """Metrics to the ledger, and a line for whoever watches."""
 
     def note(metrics: dict[str, float], step: int) -> None:

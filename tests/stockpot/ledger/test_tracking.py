@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, Sweep, SweepSpec
 from stockpot.errors import IngredientMismatch, ServerUnreachable, SweepMissing, TrialFailed
-from stockpot.ledger import tracking
+from stockpot.ledger import tracking, trial_log
 from stockpot.ledger.connection import client
+from stockpot.ledger.trial_log import TrialLog, replay_metrics
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.sweeps import plan
 
@@ -35,14 +36,14 @@ def files(folder: Path, seed: int = 0) -> Path:
 
 
 def record(sweep: Sweep, index: int, folder: Path) -> Ingredient:
-    with tracking.TrialLog(sweep.trials[index]) as log:
+    with TrialLog(sweep.trials[index]) as log:
         log.params(sweep.trials[index].settings.model_dump())
         log.metrics({"train/loss": 1.0}, step=0)
         log.metrics({"train/loss": 0.5}, step=1)
         return log.record_ingredient(files(folder, index), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0, step=1)
 
 
-def seconds_of_a_hundred_steps(log: tracking.TrialLog) -> float:
+def seconds_of_a_hundred_steps(log: TrialLog) -> float:
     start = time.monotonic()
     for step in range(100):
         log.metrics({"train/loss": float(step)}, step)
@@ -97,7 +98,7 @@ def test_a_finished_trial_is_reused_by_another_sweep_of_the_model(sweep: Sweep, 
 
 
 def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tmp_path: Path) -> None:
-    log = tracking.TrialLog(sweep.trials[0])
+    log = TrialLog(sweep.trials[0])
     with pytest.raises(TrialFailed), log:
         raise TrialFailed("The loss is NaN at step 3.")
     first = log.mlflow_run_id
@@ -108,7 +109,7 @@ def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tm
 
 
 def test_an_attempt_that_was_replaced_no_longer_says_how_the_run_ends(sweep: Sweep, tmp_path: Path) -> None:
-    orphan = tracking.TrialLog(sweep.trials[0], attempt=1)
+    orphan = TrialLog(sweep.trials[0], attempt=1)
     orphan.__enter__()
     run = record(sweep, 0, tmp_path).mlflow_run_id
     error = TrialFailed("Replaced by a later attempt.")
@@ -118,23 +119,23 @@ def test_an_attempt_that_was_replaced_no_longer_says_how_the_run_ends(sweep: Swe
 
 
 def test_points_of_a_trial_that_still_runs_are_left_to_it(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracking.TrialLog(sweep.trials[0]) as log:
+    with TrialLog(sweep.trials[0]) as log:
         log.metrics({"train/loss": 1.0}, step=0)
-        assert tracking.replay_metrics() == 0
+        assert replay_metrics() == 0
     assert [point.value for point in client().get_metric_history(log.mlflow_run_id, "train/loss")] == [1.0]
 
 
 def test_points_of_a_run_that_another_server_keeps_wait_for_it(ledger: str) -> None:
-    path = tracking._spool_folder() / f"{uuid4().hex}.x.jsonl"
+    path = trial_log._spool_folder() / f"{uuid4().hex}.x.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('["train/loss", 1.0, 1, 1]\n')
-    assert tracking.replay_metrics() == 0
+    assert replay_metrics() == 0
     assert path.exists()
     path.unlink()
 
 
 def test_an_interrupted_trial_is_killed_not_failed(sweep: Sweep) -> None:
-    with pytest.raises(KeyboardInterrupt), tracking.TrialLog(sweep.trials[0]) as log:
+    with pytest.raises(KeyboardInterrupt), TrialLog(sweep.trials[0]) as log:
         raise KeyboardInterrupt
     assert client().get_run(log.mlflow_run_id).info.status == "KILLED"
 
@@ -146,7 +147,7 @@ def test_an_incomplete_or_foreign_ingredient_is_named(sweep: Sweep, tmp_path: Pa
     with pytest.raises(IngredientMismatch, match="is gone"):
         tracking.fetch_ingredient(made.model_copy(update={"model_id": "m-0"}), tmp_path / "b")
     (tmp_path / "made" / "card.json").unlink()
-    with pytest.raises(IngredientMismatch, match=r"hands over no card\.json"), tracking.TrialLog(sweep.trials[1]) as log:
+    with pytest.raises(IngredientMismatch, match=r"hands over no card\.json"), TrialLog(sweep.trials[1]) as log:
         log.record_ingredient(tmp_path / "made", Accuracy(correct=1, seen=2), transform_digest="t", seconds=0.0)
 
 
@@ -163,13 +164,13 @@ def test_no_server_is_one_sentence_within_five_seconds(monkeypatch: pytest.Monke
 
 def test_metrics_outlive_a_server_that_dies_during_training(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, ledger: str) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    log = tracking.TrialLog(sweep.trials[0])
+    log = TrialLog(sweep.trials[0])
     log.__enter__()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert seconds_of_a_hundred_steps(log) < 1
     with pytest.raises(ServerUnreachable):
         log.__exit__(None, None, None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ledger)
-    assert tracking.replay_metrics() >= 100
+    assert replay_metrics() >= 100
     assert len(client().get_metric_history(log.mlflow_run_id, "train/loss")) == 100
-    assert tracking.replay_metrics() == 0
+    assert replay_metrics() == 0
