@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stockpot.outcomes import ModelVersion, Scores, SoupReport
+from stockpot.outcomes import Enough, ModelVersion, Scores, SoupReport
 
 
 def sweep_document(sweep_id: str) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
     found = {one.trial_id: one for one in tracking.find_ingredients(sweep)}
     report = tracking.read_report(sweep_id)
     version = registry.find_version(sweep.request.model, report.soup_sha256) if report else None
-    endings = tracking.read_endings(sweep_id)
+    endings, enough = tracking.read_endings(sweep_id), tracking.read_enough(sweep)
     drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     return {
         "sweep_id": sweep_id,
@@ -25,7 +25,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
             {
                 "trial_id": trial.id,
                 **{name: getattr(trial.settings, name) for name in drawn},
-                **_ending(trial.id in found, *endings.get(trial.id, ("", ""))),
+                **_ending(trial.id in found, *endings.get(trial.id, ("", "")), enough),
                 "held_out": found[trial.id].held_out.value if trial.id in found else None,
                 "in_soup": bool(report and {*trial.ingredient_ids} & {*report.ingredients}),
             }
@@ -37,10 +37,12 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
     }
 
 
-def _ending(finished: bool, status: str, reason: str) -> dict[str, str]:
+def _ending(finished: bool, status: str, reason: str, enough: Enough | None) -> dict[str, str]:
     """A trial's state in one word, and the reason where it is not finished."""
     if finished:
         return {"state": "finished", "reason": ""}
+    if enough and not status:
+        return {"state": "not needed", "reason": enough.reason}
     words = {"": "not started", "RUNNING": "running", "KILLED": "interrupted", "FINISHED": "pruned"}
     return {"state": words.get(status, "failed"), "reason": reason}
 

@@ -13,12 +13,13 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.states import Completed
 
-from stockpot.config import RetrainRequest, Sweep
+from stockpot.config import RetrainRequest, Sweep, Trial
 from stockpot.errors import SoupFailed, StockpotError, TooFewIngredients
 from tasks.dispatching import Job, cancel_runs, run_to_end, unfinished_runs
 from tasks.planning import close_sweep, end_cancelled_sweep, finished_trials, open_sweep, pin_data, prepare_init
 from tasks.policies import stated_failure
 from tasks.showing import show_sweep, sweep_progress
+from tasks.sparing import stop_rule
 
 
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001  (Prefect's signature)
@@ -42,53 +43,62 @@ async def retrain(request: RetrainRequest) -> State[Any]:
         init = await prepare_init(request, data)
         sweep = open_sweep(request, data, init)
         await _wear_tags(sweep)
-        before = await run_trials(sweep)
+        told = await run_trials(sweep)
         verdict = await run_soup(sweep)
     except StockpotError as error:
         return stated_failure(error)
-    return Completed(message=f"{before} of {len(sweep.trials)} trials were finished before. {verdict}", data=sweep.id)
+    return Completed(message=f"{told} {verdict}", data=sweep.id)
 
 
-async def run_trials(sweep: Sweep) -> int:
-    """Every unfinished trial as its own flow run; returns how many were finished before. Raises `TooFewIngredients` under the quorum,
-    naming each failed trial and its reason."""
+async def run_trials(sweep: Sweep) -> str:
+    """Every unfinished trial as its own flow run, as long as more are needed; returns how many were finished before or not needed. Raises
+    `TooFewIngredients` under the quorum, naming each failed trial and its reason."""
     fan_out, total = sweep.request.fan_out, len(sweep.trials)
     before = finished_trials(sweep)
     get_run_logger().info("Sweep %s: %d trials, %d finished before.", sweep.id, total, len(before))
-    outcomes = await run_to_end(
-        [
-            Job(
-                trial.id,
-                fan_out.deployment,
-                {"trial": trial.model_dump(mode="json")},
-                f"trial-{trial.index}-{trial.id}",
-                f"trial:{trial.model}:{trial.id}",
-                _tags(sweep),
-            )
-            for trial in sweep.trials
-            if trial.id not in before
-        ],
-        attempts=fan_out.attempts,
-        retry_delay_s=fan_out.retry_delay_s,
-        deadline_s=fan_out.deadline_s,
-        on_change=await sweep_progress(sweep, len(before)),
-    )
+    async with stop_rule(sweep, len(before)) as enough:
+        outcomes = await run_to_end(
+            [_job(sweep, trial) for trial in sweep.trials if trial.id not in before],
+            attempts=fan_out.attempts,
+            retry_delay_s=fan_out.retry_delay_s,
+            deadline_s=fan_out.deadline_s,
+            on_change=await sweep_progress(sweep, len(before)),
+            enough=enough,
+        )
     finished = finished_trials(sweep)
-    failed = {one.job.key: one.reason or "ended without an ingredient" for one in outcomes if one.job.key not in finished}
-    await show_sweep(sweep, finished, failed)
-    needed = max(1, math.ceil(fan_out.quorum * total - 1e-9))  # 0.28 of 25 is 7, whatever binary fractions say
-    close_sweep(
-        sweep, "FINISHED" if len(finished) >= needed else "FAILED", {"trials": total, "finished": len(finished), "failed": len(failed)}
-    )
-    if len(finished) < needed:
+    left = [one for one in outcomes if one.job.key not in finished]
+    spared = {one.job.key: one.reason for one in left if one.state == "not needed"}
+    failed = {one.job.key: one.reason or "ended without an ingredient" for one in left if one.state != "not needed"}
+    await show_sweep(sweep, finished, failed, spared)
+    require_quorum(sweep, len(finished), failed, len(spared))
+    return f"{len(before)} of {total} trials were finished before{f', {len(spared)} were not needed' if spared else ''}."
+
+
+def require_quorum(sweep: Sweep, finished: int, failed: dict[str, str], spared: int) -> None:
+    """Close the sweep in the ledger. Raises `TooFewIngredients`, naming what failed, under the quorum of the trials that were needed."""
+    total = len(sweep.trials)
+    needed = max(1, math.ceil(sweep.request.fan_out.quorum * (total - spared) - 1e-9))  # 0.28 of 25 is 7, whatever binary fractions say
+    counts = {"trials": total, "finished": finished, "failed": len(failed), "not_needed": spared}
+    close_sweep(sweep, "FINISHED" if finished >= needed else "FAILED", counts)
+    if finished < needed:
         reasons = "; ".join(f"{', '.join(trials)}: {reason.rstrip('.')}" for reason, trials in _by_reason(failed).items())
         raise TooFewIngredients(
-            f"{len(finished)} of {total} trials of sweep {sweep.id} finished, {needed} are needed ({reasons}). "
+            f"{finished} of {total} trials of sweep {sweep.id} finished, {needed} are needed ({reasons}). "
             "Mend the cause and run the same request again: finished trials are kept."
         )
     for trial, reason in failed.items():
         get_run_logger().warning("Trial %s is left out: %s", trial, reason)
-    return len(before)
+
+
+def _job(sweep: Sweep, trial: Trial) -> Job:
+    return Job(
+        trial.id,
+        sweep.request.fan_out.deployment,
+        {"trial": trial.model_dump(mode="json")},
+        f"trial-{trial.index}-{trial.id}",
+        f"trial:{trial.model}:{trial.id}",
+        _tags(sweep),
+    )
 
 
 def _by_reason(failed: dict[str, str]) -> dict[str, list[str]]:

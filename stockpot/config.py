@@ -309,6 +309,21 @@ class ReleaseSpec(Closed):
     )
 
 
+class StopSpec(Closed):
+    """When a sweep has had enough: no further trial is started, those that run are seen through, and the soup is cooked from what
+    finished. What the gain is estimated from is told in `stockpot.soup.stopping`."""
+
+    below: float = Field(
+        gt=0,
+        lt=1,
+        description="Held-out accuracy, as a fraction, that one more trial must be expected to add for the sweep to go on: 0.0005 is 0.05 "
+        "points. One held-out sample's worth or less is noise.",
+    )
+    after: int = Field(
+        8, ge=2, le=1000, description="Finished trials before the question is asked. 8 are three doublings; fewer tell little."
+    )
+
+
 class FanOutSpec(Closed):
     """How trials are spread over workers. None of this changes a result, so none of it is part of a sweep's identity."""
 
@@ -344,6 +359,10 @@ class FanOutSpec(Closed):
         ge=1,
         description="Seconds after which an attempt saves its training state and ends, for the next attempt to go on from there, as on a "
         "node that is lent by the hour. Each counts as one of `attempts`. None: no limit.",
+    )
+    stop: StopSpec | None = Field(
+        None,
+        description="When to start no further trial. The quorum is then of the trials that were started. None: every trial is run.",
     )
 
 

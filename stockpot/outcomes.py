@@ -3,6 +3,7 @@ Weights, logits and pixels never appear here; they lie in object storage under t
 
 from pydantic import Field
 
+from stockpot.config import StopSpec
 from stockpot.fields import Closed
 from stockpot.settings import TrialSettings
 
@@ -38,7 +39,8 @@ class Ingredient(Closed):
     transform_digest: str = Field(description="Of the evaluation transform: accuracies with different digests are never compared.")
     held_out: Accuracy
     settings: TrialSettings | None = Field(None, description="None of a champion, which is no trial.")
-    seconds: float
+    seconds: float = Field(description="Of the whole trial.")
+    gpus: int = Field(1, description="Accelerators the trial held for that time.")
 
 
 class SweepSummary(Closed):
@@ -129,7 +131,7 @@ class MarginalPoint(Closed):
 
     trials: int = Field(gt=0, description="How many it could choose from, in the order they were drawn.")
     held_out: Accuracy
-    accelerator_hours: float = Field(description="What these trials took together.")
+    accelerator_hours: float = Field(description="What these trials took together: each its hours times its accelerators.")
     gain_per_trial: float | None = Field(description="Accuracy, as a fraction, over the point before; None at the first.")
     gain_per_hour: float | None = Field(description="The same per hour of an accelerator.")
 
@@ -146,6 +148,24 @@ class ModelVersion(Closed):
     def ingredient_id(self) -> str:
         """The id its soup has as an ingredient of another, beside those of trials."""
         return soup_id(self.soup_sha256)
+
+
+class Enough(Closed):
+    """Why a sweep starts no further trial, and the evidence."""
+
+    rule: StopSpec = Field(description="The request's; another one in the request asks again.")
+    expected_gain: float = Field(description="Of one more trial: held-out accuracy, as a fraction.")
+    curve: tuple[MarginalPoint, ...] = Field(
+        min_length=2, description="What it was estimated from; the last point is of all finished trials."
+    )
+
+    @property
+    def reason(self) -> str:
+        """One sentence."""
+        return (
+            f"After {self.curve[-1].trials} finished trials one more is expected to add {100 * self.expected_gain:.3f} points of held-out "
+            f"accuracy; the request stops below {100 * self.rule.below:g}."
+        )
 
 
 class SoupReport(Closed):

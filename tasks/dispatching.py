@@ -62,10 +62,11 @@ class Job:
 
 @dataclass
 class Outcome:
-    """How a job stands: `state` is open, finished, failed or late, and `reason` what its run said of that."""
+    """How a job stands: `state` is open, finished, failed, late or not needed, and `reason` what its run said of that."""
 
     job: Job
-    flow_run_id: UUID
+    flow_run_id: UUID | None = None
+    """None before it is dispatched, and for ever where it is not needed."""
     attempt: int = 1
     state: str = "open"
     reason: str = ""
@@ -79,19 +80,28 @@ async def run_to_end(
     retry_delay_s: float,
     deadline_s: float | None = None,
     on_change: Callable[[list[Outcome]], Awaitable[None]] | None = None,
+    enough: Callable[[list[Outcome]], Awaitable[str | None]] | None = None,
 ) -> list[Outcome]:
     """Dispatch every job from the current flow run and wait until each has finished, failed for good, or the deadline has passed.
 
     A crashed or unexpectedly failed run is started again after `retry_delay_s`, up to `attempts` times in all; a stated failure
     (a failed state with a name of its own) and a cancelled run are final. At the deadline what still runs is cancelled and
-    counted as late. `on_change` is awaited with all outcomes whenever one of them changed.
+    counted as late. `on_change` is awaited with all outcomes once they are dispatched and whenever one of them changed; `enough` before
+    anything is dispatched and then likewise: when it gives a reason, jobs that no worker has taken are not needed, and those that one has
+    are seen through.
     """
     started = time.monotonic()
     told = False
     async with get_client() as client:
         jobs = tuple(jobs)
         left = await _patiently(lambda: _left_behind(client, jobs))
-        outcomes = [Outcome(job, (left.get(job.tag) or await _submit(job, 1)).id) for job in jobs]
+        outcomes = [_adopted(job, left.get(job.tag)) for job in jobs]
+        await _spare(client, outcomes, enough)
+        for one in outcomes:
+            if one.state == "open" and one.flow_run_id is None:
+                one.flow_run_id = (await _submit(one.job, 1)).id
+        if on_change:
+            await _patiently(lambda: on_change(outcomes))
         while waiting := [one for one in outcomes if one.state == "open"]:
             waited_s = time.monotonic() - started
             if deadline_s is not None and waited_s > deadline_s:
@@ -100,16 +110,17 @@ async def run_to_end(
                 told = told or _nobody_came(outcomes, waited_s)
                 await asyncio.sleep(min(10.0, 1.0 + len(waiting) / 50))
                 continue
+            await _spare(client, outcomes, enough)
             if on_change:
                 await _patiently(lambda: on_change(outcomes))
     return outcomes
 
 
-async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
+async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID], why: str = "Cancelled with its sweep.") -> int:
     """Ask Prefect to cancel these runs; their workers end the processes. Returns how many were asked."""
     ids = list(run_ids)
     for run_id in ids:
-        await _patiently(partial(client.set_flow_run_state, run_id, Cancelling(message="Cancelled with its sweep.")))
+        await _patiently(partial(client.set_flow_run_state, run_id, Cancelling(message=why)))
     return len(ids)
 
 
@@ -127,6 +138,24 @@ async def _left_behind(client: PrefectClient, jobs: tuple[Job, ...]) -> dict[str
     wanted = {job.tag for job in jobs}
     runs = await unfinished_runs(client, *wanted) if wanted else []
     return {tag: run for run in runs for tag in wanted & set(run.tags) if run.state_type != StateType.CANCELLING}
+
+
+def _adopted(job: Job, run: FlowRun | None) -> Outcome:
+    return Outcome(job, run.id, picked_up=run.state_type != StateType.SCHEDULED) if run else Outcome(job)
+
+
+async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callable[[list[Outcome]], Awaitable[str | None]] | None) -> None:
+    """Withdraw what no worker has taken, once there is enough. Workers go on while that is found out, so the runs are read again."""
+    idle = [one for one in outcomes if one.state == "open" and not one.picked_up]
+    reason = await enough(outcomes) if enough and idle else None
+    if reason is None:
+        return
+    runs = await _read(client, [one.flow_run_id for one in idle if one.flow_run_id])
+    taken = {run.id for run in runs if run.state_type != StateType.SCHEDULED}
+    spared = [one for one in idle if one.flow_run_id not in taken]
+    await cancel_runs(client, [one.flow_run_id for one in spared if one.flow_run_id], reason)
+    for one in spared:
+        one.state, one.reason = "not needed", reason
 
 
 async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
@@ -150,7 +179,7 @@ async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
 
 
 async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, retry_delay_s: float) -> bool:
-    waiting = {one.flow_run_id: one for one in outcomes if one.state == "open"}
+    waiting = {one.flow_run_id: one for one in outcomes if one.state == "open" and one.flow_run_id}
     changed = False
     runs = await _read(client, list(waiting))
     for deleted in set(waiting) - {run.id for run in runs}:
@@ -203,7 +232,7 @@ async def _patiently(call: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 async def _give_up(client: PrefectClient, waiting: list[Outcome], reason: str) -> None:
-    await cancel_runs(client, [one.flow_run_id for one in waiting])
+    await cancel_runs(client, [one.flow_run_id for one in waiting if one.flow_run_id])
     for one in waiting:
         one.state, one.reason = "late", reason
 

@@ -30,19 +30,22 @@ async def sweep_progress(sweep: Sweep, done: int) -> Callable[[list[Outcome]], C
 
     async def show(outcomes: list[Outcome]) -> None:
         ended = done + sum(one.state != "open" for one in outcomes)
-        await aupdate_progress_artifact(artifact, 100 * ended / total, description=f"{ended} of {total} trials ended")
+        spared = [one.reason for one in outcomes if one.state == "not needed"]
+        told = f"{ended} of {total} trials ended" + (f", {len(spared)} of them not needed: {spared[0]}" if spared else "")
+        await aupdate_progress_artifact(artifact, 100 * ended / total, description=told)
 
     return show
 
 
-async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, str]) -> None:
-    """One row per trial: what was drawn, how it ended."""
+async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, str], spared: dict[str, str]) -> None:
+    """One row per trial: what was drawn, how it ended. failed, spared: trial id to the reason."""
+    ended = dict.fromkeys(finished, "finished") | failed | {trial: f"not needed: {reason}" for trial, reason in spared.items()}
     drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     rows = [
         {
             "trial": trial.id,
             "held_out": finished.get(trial.id, ""),
-            "ended": "finished" if trial.id in finished else failed.get(trial.id, "not run"),
+            "ended": ended.get(trial.id, "not run"),
             **{name: getattr(trial.settings, name) for name in drawn},
         }
         for trial in sweep.trials

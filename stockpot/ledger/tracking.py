@@ -14,6 +14,7 @@ from typing import Literal
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from mlflow.exceptions import RestException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from stockpot.config import PinnedSnapshot, Sweep
 from stockpot.digests import file_digest
@@ -33,7 +34,7 @@ from stockpot.ledger.connection import (
     search_runs,
     sweep_run,
 )
-from stockpot.outcomes import Ingredient, SoupReport, SweepSummary
+from stockpot.outcomes import Enough, Ingredient, SoupReport, SweepSummary
 
 __all__ = ["check_server", "close_sweep", "fetch_ingredient", "find_ingredient", "find_ingredients", "list_sweeps",
            "open_sweep", "read_report", "read_sweep", "record_report"]  # fmt: skip
@@ -71,6 +72,23 @@ def close_sweep(sweep_id: str, status: Status, counts: dict[str, int]) -> None:
         now = now_ms()
         client().log_batch(mlflow_run_id, metrics=[Metric(f"sweep/{name}", value, now, 0) for name, value in counts.items()])
         client().set_terminated(mlflow_run_id, status)
+
+
+def record_enough(sweep_id: str, enough: Enough) -> None:
+    """Keep, as the tag `stockpot.enough` of the sweep's run, why no further trial is started; and tell it on the run's page."""
+    with asking():
+        run = sweep_run(sweep_id)
+        note = run.data.tags.get("mlflow.note.content", "")
+        tags = {"stockpot.enough": enough.model_dump_json(), "mlflow.note.content": f"{note}\n\n{enough.reason}".strip()}
+        client().log_batch(str(run.info.run_id), tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def read_enough(sweep: Sweep) -> Enough | None:
+    """Why the sweep starts no further trial, if that was decided by the stop rule it has now."""
+    with asking():
+        told = sweep_run(sweep.id).data.tags.get("stockpot.enough")
+    found = Enough.model_validate_json(told) if told else None
+    return found if found and found.rule == sweep.request.fan_out.stop else None
 
 
 def list_sweeps(model: str | None = None) -> list[SweepSummary]:
@@ -143,6 +161,23 @@ def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
         if file_digest(folder / name) != sha256:
             raise _mismatch(ingredient, f"{name} has another sha256 than the recorded {sha256[:12]}")
     return folder
+
+
+def fetch_logits(ingredient: Ingredient, folder: Path) -> Path:
+    """Download nothing of an ingredient but its held-out logits (and labels), unless they lie under `folder` already. Raises
+    `IngredientMismatch` when they are others."""
+    name = INGREDIENT_FILES[1]
+    path = folder / ingredient.model_id / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with asking():
+            if name not in _stored_files(ingredient):
+                raise _mismatch(ingredient, f"{name} is missing")
+            home = client().get_logged_model(ingredient.model_id).artifact_location
+            get_artifact_repository(home, tracking_uri=address()).download_artifacts(name, str(path.parent))
+    if (sha256 := ingredient.files.get(name)) and file_digest(path) != sha256:
+        raise _mismatch(ingredient, f"{name} has another sha256 than the recorded {sha256[:12]}")
+    return path
 
 
 def record_report(report: SoupReport, files: Path) -> SoupReport:

@@ -126,6 +126,7 @@ class TrialLog:
             held_out=held_out,
             settings=trial.settings,
             seconds=seconds,
+            gpus=trial.gpus,
         )
         ledger.set_logged_model_tags(model.model_id, {"stockpot.ingredient": ingredient.model_dump_json()})
         return ingredient

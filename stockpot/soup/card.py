@@ -116,16 +116,29 @@ def _worth(report: SoupReport) -> str:
     """What more trials brought, and what the next one is expected to."""
     if not report.marginal:
         return ""
-    head = ["trials", "greedy on held_out, %", "accelerator hours", "points per trial", "points per hour"]
-    lines = [
-        _line(
-            [str(one.trials), _percent(one.held_out), f"{one.accelerator_hours:.3g}", _gain(one.gain_per_trial), _gain(one.gain_per_hour)]
-        )
+    lines = [_line(row) for row in worth_rows(report)]
+    return "\n".join(["## What more trials brought\n", _line(WORTH), _line(["---"] * len(WORTH)), *lines, "", expectation(report)])
+
+
+WORTH = ["trials", "greedy on held_out, %", "accelerator hours", "points per trial", "points per accelerator hour"]
+
+
+def worth_rows(report: SoupReport) -> list[list[str]]:
+    """The marginal curve as cells under `WORTH`; a point's gains are over the point before it."""
+    return [
+        [str(one.trials), _percent(one.held_out), f"{one.accelerator_hours:.3g}", _gain(one.gain_per_trial), _gain(one.gain_per_hour)]
         for one in report.marginal
     ]
+
+
+def expectation(report: SoupReport) -> str:
+    """What one more trial is expected to bring, for the hours that a trial took so far; empty where nothing can be said."""
     expected = expected_gain(report.marginal)
-    told = "" if expected is None else f"\n\nOne more trial is expected to bring {100 * expected:.3f} points."
-    return "\n".join(["## What more trials brought\n", _line(head), _line(["---"] * len(head)), *lines]) + told
+    if expected is None:
+        return ""
+    hours = report.marginal[-1].accelerator_hours / report.marginal[-1].trials
+    an_hour = f", {100 * expected / hours:.3f} an accelerator hour" if hours else ""
+    return f"One more trial is expected to bring {100 * expected:.3f} points{an_hour}."
 
 
 def _gain(gain: float | None) -> str:

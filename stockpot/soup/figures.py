@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stockpot.outcomes import AlphaPoint, ClassChange, GreedyStep
+from stockpot.outcomes import AlphaPoint, ClassChange, GreedyStep, MarginalPoint
 
 GAIN, LOSS, QUIET, LINE = "#2a9d5c", "#c8553d", "#9aa5b1", "#1f5fa8"
 LOOK: Any = {
@@ -61,6 +61,23 @@ def alphas(lines: Mapping[str, Sequence[AlphaPoint]]) -> bytes:
     for one, what in zip(axes, ("held_out", "mean shift"), strict=False):
         one.set(xlabel="alpha: 0 is the init, 1 the model", ylabel=f"{what}, %")
     axes[0].legend(frameon=False)
+    return _svg(figure)
+
+
+def worth(points: Sequence[MarginalPoint]) -> bytes:
+    """Held-out accuracy of the greedy soup against the number of trials it could choose from, each doubling a step, and against what those
+    trials cost."""
+    figure, axes = _figure(10.0, 3.4, 2)
+    heights = [100 * point.held_out.value for point in points]
+    for one, places, what in (
+        (axes[0], [point.trials for point in points], "trials"),
+        (axes[1], [point.accelerator_hours for point in points], "accelerator hours"),
+    ):
+        one.plot(places, heights, marker="o", markersize=4, color=LOSS)
+        one.set(xlabel=what, ylabel="held_out of the soup, %")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks([point.trials for point in points], [str(point.trials) for point in points])
+    axes[0].minorticks_off()
     return _svg(figure)
 
 

@@ -8,7 +8,8 @@ bring that doubling's gain times log2(1 + 1/n). The estimate ignores that counts
 import math
 from collections.abc import Sequence
 
-from stockpot.outcomes import Accuracy, MarginalPoint
+from stockpot.config import StopSpec
+from stockpot.outcomes import Accuracy, Enough, MarginalPoint
 
 DOUBLINGS = 2
 """Steps of the curve the expected gain is taken from: one is noise, more reach back to where everything helped."""
@@ -22,7 +23,8 @@ def sizes(trials: int) -> list[int]:
 def curve(soups: Sequence[tuple[int, Accuracy]], seconds: Sequence[float]) -> tuple[MarginalPoint, ...]:
     """Points from (number of trials, their greedy soup's accuracy) and what each trial cost, in the order they were drawn.
 
-    A point's gains are over the point before it: per trial, and per hour of an accelerator.
+    seconds: of an accelerator, those of all its devices together. A point's gains are over the point before it: per trial, and per hour of
+    an accelerator.
     """
     points: list[MarginalPoint] = []
     for trials, held_out in soups:
@@ -50,7 +52,9 @@ def expected_gain(points: Sequence[MarginalPoint]) -> float | None:
     return max(0.0, gain / doublings * math.log2(1 + 1 / some[-1].trials))
 
 
-def enough(points: Sequence[MarginalPoint], threshold: float | None) -> bool:
-    """Whether a sweep may stop: the expected gain of one more trial is known and below the threshold. None never stops."""
+def enough(points: Sequence[MarginalPoint], rule: StopSpec) -> Enough | None:
+    """`Enough` when so many trials finished as the rule wants and the expected gain of one more is below its threshold; None to go on."""
     expected = expected_gain(points)
-    return threshold is not None and expected is not None and expected < threshold
+    if expected is None or points[-1].trials < rule.after or expected >= rule.below:
+        return None
+    return Enough(rule=rule, expected_gain=expected, curve=tuple(points))

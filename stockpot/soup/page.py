@@ -40,6 +40,7 @@ def write(report: SoupReport, sweep: Sweep) -> str:
         _classes(report),
         _alphas(report),
         _angles(report),
+        _worth(report),
         _section("Trials", "Best first; those in the greedy soup are tinted. Settings are the ones the sweep varied."),
         _trials(report, sweep),
         _excluded(report),
@@ -125,6 +126,14 @@ def _angles(report: SoupReport) -> str:
         return ""
     told = "Between every two trials, seen from the init, in degrees. Small: the two learned the same; near 90: unrelated directions."
     return _section("Angles", told) + _image(figures.angles(report.angles), "Angle between every two trials")
+
+
+def _worth(report: SoupReport) -> str:
+    if not report.marginal:
+        return ""
+    told = "Greedy soups of the trials drawn first. Gains are over the row above, in points of held_out. " + card.expectation(report)
+    drawn = _image(figures.worth(report.marginal), "Held-out accuracy of the greedy soup against trials and against accelerator hours")
+    return _section("What more trials brought", told) + drawn + _table(card.WORTH, card.worth_rows(report))
 
 
 def _trials(report: SoupReport, sweep: Sweep) -> str:

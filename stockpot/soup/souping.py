@@ -153,7 +153,7 @@ def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:
         singles = {one.trial_id: one.held_out for one in own if one.index in places[:count]}
         steps = _greedy(sweep, singles, kitchen, lambda _line: None)
         soups.append((count, [step.after for step in steps if step.kept][-1]))
-    return marginal.curve(soups, [max(one.seconds for one in own if one.index == place) for place in places])
+    return marginal.curve(soups, [max(one.seconds * one.gpus for one in own if one.index == place) for place in places])
 
 
 def versions() -> dict[str, str]:

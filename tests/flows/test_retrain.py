@@ -29,8 +29,10 @@ from prefect.states import Cancelling
 
 from deployments.demo.digits import test_pictures as pictures
 from deployments.starting import start, watch_to_end
+from deployments.tables import sweep_document, sweep_text
 from stockpot.errors import StockpotError
 from stockpot.ledger import registry, tracking
+from stockpot.ledger.connection import client
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
@@ -139,6 +141,36 @@ def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(s
     with pytest.raises(StockpotError, match=f"{3 - len(failing)} of 3 trials of sweep {sweep_id} finished, 3 are needed") as caught:
         watch_to_end(retrain(strict))
     assert all(trial in str(caught.value) for trial in failing)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_gains_nothing_more_starts_no_further_trial_and_none_when_asked_again(stack, request_for):
+    seeds = tuple(range(1, 9))
+    request = request_for("spared", seeds=seeds, stop={"below": 0.9, "after": 2})
+    started = retrain(request)
+    sweep_id = watch_to_end(started)
+    sweep = tracking.read_sweep(sweep_id)
+    enough, finished = tracking.read_enough(sweep), {one.trial_id for one in tracking.find_ingredients(sweep)}
+    assert enough is not None
+    assert 2 <= len(finished) < len(seeds)
+    spared = len(seeds) - len(finished)
+    document = sweep_document(sweep_id)
+    assert [row["reason"] for row in document["trials"] if row["state"] == "not needed"] == [enough.reason] * spared
+    assert enough.reason in sweep_text(document)
+    shown = artifacts(f"sweep-{sweep_id}")
+    rows = json.loads(shown[f"sweep-{sweep_id}-trials"]["data"])
+    assert sum(row["ended"] == f"not needed: {enough.reason}" for row in rows) == spared
+    assert f"{spared} of them not needed: {enough.reason}" in shown[f"sweep-{sweep_id}-progress"]["description"]
+    run = client().get_run(tracking.open_sweep(sweep))
+    assert run.data.metrics["sweep/not_needed"] == spared
+    assert enough.reason in run.data.tags["mlflow.note.content"]
+    with get_client(sync_client=True) as prefect:
+        assert f"{spared} were not needed" in prefect.read_flow_run(started.id).state.message
+
+    before = len(runs_of(f"sweep:{sweep_id}"))
+    assert watch_to_end(retrain(request)) == sweep_id
+    assert not [run.name for run in runs_of(f"sweep:{sweep_id}")[before:] if run.name.startswith("trial-")]
+    assert {one.trial_id for one in tracking.find_ingredients(sweep)} == finished
 
 
 @pytest.mark.slow

@@ -139,6 +139,69 @@ def test_runs_of_an_earlier_parent_are_waited_for_not_doubled(server):
     assert len(everything) == 1
 
 
+def test_what_no_worker_has_taken_is_not_needed_once_there_is_enough(server):
+    """Job 1 finishes, job 2 is running then, jobs 3 and 4 wait for a slot."""
+
+    async def enough(outcomes):
+        return "enough is enough" if any(one.state == "finished" for one in outcomes) else None
+
+    @flow
+    async def parent():
+        return await run_to_end(jobs(1, 2, 3, 4, sweep="spared"), attempts=3, retry_delay_s=1, enough=enough)
+
+    async def workers():
+        await play("spared", {"job-2": [None]})
+        await play("spared", {"job-1": [Completed()]})
+        async with get_client() as client:
+            left = await unfinished_runs(client, "sweep:spared")
+            while len(left) > 1:
+                await asyncio.sleep(0.2)
+                left = await unfinished_runs(client, "sweep:spared")
+            await client.set_flow_run_state(left[0].id, Crashed(message="exit code -9"), force=True)
+        await play("spared", {"job-2": [Completed()]})  # its second attempt
+
+    async def scenario():
+        outcomes, _ = await asyncio.gather(parent(), workers())
+        async with get_client() as client:
+            wanted = FlowRunFilter(tags={"all_": ["sweep:spared"]})
+            return outcomes, {run.name: run for run in await client.read_flow_runs(flow_run_filter=wanted, sort="ID_DESC", limit=10)}
+
+    outcomes, runs = asyncio.run(scenario())
+    assert [one.state for one in outcomes] == ["finished", "finished", "not needed", "not needed"]
+    assert [one.reason for one in outcomes[2:]] == ["enough is enough"] * 2
+    assert outcomes[1].attempt == 2, "what was started is seen through"
+    assert [runs[name].state.type.value for name in ("job-3", "job-4")] == ["CANCELLED"] * 2
+    assert runs["job-3"].state.message == "enough is enough"
+
+
+def test_where_there_is_enough_before_nothing_is_dispatched_and_what_runs_is_waited_for(server):
+    async def enough(outcomes):
+        return "enough is enough"
+
+    @flow
+    async def lost_parent():
+        await dispatching._submit(jobs(1, sweep="enough")[0], 1)
+
+    @flow
+    async def next_parent():
+        return await run_to_end(jobs(1, 2, sweep="enough"), attempts=3, retry_delay_s=5, enough=enough)
+
+    async def scenario():
+        await lost_parent()
+        await play("enough", {"job-1": [None]})
+
+        async def worker():
+            await asyncio.sleep(2)
+            async with get_client() as client:
+                (run,) = await unfinished_runs(client, "sweep:enough")
+                await client.set_flow_run_state(run.id, Completed(), force=True)
+
+        outcomes, _ = await asyncio.gather(next_parent(), worker())
+        return outcomes
+
+    assert [(one.job.name, one.state) for one in asyncio.run(scenario())] == [("job-1", "finished"), ("job-2", "not needed")]
+
+
 def test_a_retried_parent_meets_its_own_children(server):
     """The same flow run submits the same job twice, as a retried parent does: one child."""
 

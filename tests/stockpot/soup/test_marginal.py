@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stockpot.config import StopSpec
 from stockpot.outcomes import Accuracy, MarginalPoint
 from stockpot.soup.marginal import curve, enough, expected_gain, sizes
 
@@ -38,7 +39,12 @@ def test_an_even_gain_a_doubling_is_expected_to_go_on() -> None:
 
 
 def test_a_flat_sweep_stops_and_a_rising_one_does_not() -> None:
-    assert enough(points(800, 850, 851, 851), 0.001)
-    assert not enough(points(800, 820, 840, 860), 0.001)
-    assert not enough(points(800), 0.001)
-    assert not enough(points(800, 800, 800), None)
+    rule = StopSpec(below=0.001, after=4)
+    flat = enough(points(800, 850, 851, 851), rule)
+    assert flat is not None
+    assert flat.reason == (
+        "After 8 finished trials one more is expected to add 0.008 points of held-out accuracy; the request stops below 0.1."
+    )
+    assert enough(points(800, 820, 840, 860), rule) is None
+    assert enough(points(800, 800), rule) is None, "too few finished to ask"
+    assert enough(points(800), StopSpec(below=0.001, after=2)) is None

@@ -40,6 +40,7 @@ def report(sweep: Sweep, shifts: bool, full: bool) -> SoupReport:
         scores=dict.fromkeys(("best_single", "uniform", "greedy"), scores), trials=points,
         excluded={"feedbeef": "its `<head>` holds a NaN"} if full else {}, alphas={"greedy": line} if full else {},
         angles={ids[0]: (0.0, 90.0, 80.0), ids[1]: (90.0, 0.0, 75.0), ids[2]: (80.0, 75.0, 0.0)} if full else {},
+        marginal=curve([(1, score(188)), (2, score(190)), (3, score(190))], [1800.0, 1800.0, 7200.0]) if full else (),
         classes=(ClassChange(name="<zero>", seen=9, single=7, soup=8), ClassChange(name="one", seen=9, single=5, soup=5)) if full else (),
     )  # fmt: skip
 
@@ -52,7 +53,7 @@ def test_the_page_stands_alone_and_says_everything(sweep: Sweep, shifts: bool, f
     assert all(trial.id in text for trial in sweep.trials)
     assert "at most 188" in text
     assert ("&lt;head&gt;" in text) is full
-    for title in ("On the line to the init", "1 of 2 classes changed", "<h2>Angles</h2>"):
+    for title in ("On the line to the init", "1 of 2 classes changed", "<h2>Angles</h2>", "What more trials brought", "<td>+2.000</td>"):
         assert (title in text) is full
     assert "95.00<small>91.0–97.3</small>" in text, "190 of 200 with its Wilson interval"
     assert "mixup" in text, "a setting of the grid is told"
@@ -80,7 +81,7 @@ def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(swee
                 "steps": (*one.steps[:2], near),
                 "scores": one.scores | {"uniform": better},
                 "duplicates": ((ids[0], ids[1]),),
-                "marginal": curve([(1, score(188)), (2, score(190))], [3600.0, 3600.0]),
+                "marginal": curve([(1, score(188)), (2, score(190))], [3600.0, 1800.0]),
                 "midpoints": {ids[2]: score(180)},
             }
         )
@@ -89,6 +90,6 @@ def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(swee
     assert "Uniform has 191 of 200 on held_out, what ships 190 of 200" in text
     assert f"The same weights to the bit: {ids[0]}, {ids[1]}" in text
     assert f"Half way to {ids[2]}: 90.00 %, -5.00 points" in text
-    assert "| 2 | 95.00 | 2 | +1.000 | +1.000 |" in text
-    assert "One more trial is expected to bring 0.585 points." in text
+    assert "| 2 | 95.00 | 1.5 | +1.000 | +2.000 |" in text
+    assert "One more trial is expected to bring 0.585 points, 0.780 an accelerator hour." in text
     assert "Near misses" not in card.write(one)
