@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
+from prefect.states import Completed
 from pydantic import Field
 
 from stockpot.errors import StockpotError, Transient
@@ -24,13 +25,18 @@ class Approval(RunInput):
 
 
 @flow(name="approve", flow_run_name="approve-{version.model}-{version.version}", description=__doc__)
-def approve(version: ModelVersion, reason: str = "") -> ModelVersion | State[Any]:
-    """Wait for a person, then carry out the answer. Resumed, the flow runs again from its first line and finds the answer there."""
+def approve(version: ModelVersion, reason: str = "") -> State[Any]:
+    """Wait for a person, then carry out the answer. Resumed, the flow runs again from its first line and finds the answer there. The final
+    state says what came of it."""
     asked = Approval.with_initial_data(f"Shall version {version.version} of **{version.model}** become champion?\n\n{reason}")
     answer = suspend_flow_run(wait_for_input=asked, timeout=None, key="approval")
     try:
-        return settle_approval(version, answer.approved, answer.note)
+        version = settle_approval(version, answer.approved, answer.note)
     except Transient:
         raise
     except StockpotError as error:
         return stated_failure(error)
+    said = f"{'approved' if answer.approved else 'declined'} by hand{f': {answer.note}' if answer.note else ''}"
+    return Completed(
+        message=f"Version {version.version} of {version.model} is {version.alias or 'without an alias'}: {said}.", data=version
+    )

@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from stockpot.errors import StockpotError, Transient
-from tasks.cooking import ask_approval, cook_soup, fetch_picture, pass_gate, read_alias, register_soup
+from tasks.cooking import ask_approval, cook_soup, fetch_picture, pass_gate, read_alias, read_answer, register_soup
 from tasks.policies import stated_failure
 from tasks.showing import show_soup
 
@@ -21,12 +21,14 @@ def soup(sweep_id: str, attempt: int = 1) -> State[Any]:
         report = cook_soup(sweep_id)
         version = register_soup(report)
         decision = pass_gate(report, version)
-        approval = ask_approval(version, decision) if decision.waits else None
+        answer = read_answer(version)
+        approval = ask_approval(version, decision) if decision.waits and not answer else None
     except Transient:
         raise
     except StockpotError as error:
         return stated_failure(error)
     version = read_alias(version)
+    verdict = f"{decision.reason} It was {answer}." if answer else decision.reason
     picture, page = fetch_picture(report)
-    show_soup(report, version, decision, picture, page, approval)
-    return Completed(message=f"Version {version.version} of {version.model}: {decision.reason}", data=version)
+    show_soup(report, version, verdict, picture, page, approval)
+    return Completed(message=f"Version {version.version} of {version.model}: {verdict}", data=version)

@@ -38,6 +38,14 @@ def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
     return gate(report, version, tracking.read_sweep(report.sweep_id).request.gate)
 
 
+@task(name="read answer", **TRANSIENT)
+def read_answer(version: ModelVersion) -> str:
+    """What a person said about a version that waits for one; empty while nobody did."""
+    from stockpot.release.releasing import answer
+
+    return answer(version)
+
+
 @task(name="ask for approval", **TRANSIENT)
 def ask_approval(version: ModelVersion, decision: GateDecision) -> str:
     """Start the run that waits for a person, once for this decision; returns its page. No child of this run: Prefect suspends no subflow,

@@ -28,7 +28,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling
 
 from stockpot.errors import BadRequest
 
@@ -116,11 +116,11 @@ async def run_to_end(
     return outcomes
 
 
-async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID], why: str = "Cancelled with its sweep.") -> int:
+async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
     """Ask Prefect to cancel these runs; their workers end the processes. Returns how many were asked."""
     ids = list(run_ids)
     for run_id in ids:
-        await _patiently(partial(client.set_flow_run_state, run_id, Cancelling(message=why)))
+        await _patiently(partial(client.set_flow_run_state, run_id, Cancelling(message="Cancelled with its sweep.")))
     return len(ids)
 
 
@@ -153,8 +153,9 @@ async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callabl
     runs = await _read(client, [one.flow_run_id for one in idle if one.flow_run_id])
     taken = {run.id for run in runs if run.state_type != StateType.SCHEDULED}
     spared = [one for one in idle if one.flow_run_id not in taken]
-    await cancel_runs(client, [one.flow_run_id for one in spared if one.flow_run_id], reason)
     for one in spared:
+        if one.flow_run_id:  # nothing of it runs, so nothing has to end first
+            await _patiently(partial(client.set_flow_run_state, one.flow_run_id, Cancelled(message=reason)))
         one.state, one.reason = "not needed", reason
 
 

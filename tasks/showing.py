@@ -17,7 +17,7 @@ from prefect.artifacts import (
 )
 
 from stockpot.config import Sweep
-from stockpot.outcomes import Accuracy, GateDecision, ModelVersion, Scores, SoupReport
+from stockpot.outcomes import Accuracy, ModelVersion, Scores, SoupReport
 from tasks.dispatching import Outcome
 
 
@@ -55,11 +55,9 @@ async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, s
     )
 
 
-def show_soup(
-    report: SoupReport, version: ModelVersion, decision: GateDecision, picture: bytes, page: str, approval: str | None = None
-) -> None:
-    """Decisions, scores, the gate's verdict and the picture of one soup. `page` is the address of the soup's MLflow run, `approval` that of
-    the run that waits for a person, if one does."""
+def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: bytes, page: str, approval: str | None = None) -> None:
+    """Decisions, scores, the gate's `verdict` and the picture of one soup. `page` is the address of the soup's MLflow run, `approval` that
+    of the run that waits for a person, if one does."""
     create_table_artifact(
         [
             {
@@ -85,7 +83,7 @@ def show_soup(
         description="Held-out accuracy against the average of the shift suites",
     )
     create_markdown_artifact(
-        f"**{version.model} version {version.version}** is `{version.alias or 'without an alias'}`. {decision.reason}\n\n"
+        f"**{version.model} version {version.version}** is `{version.alias or 'without an alias'}`. {verdict}\n\n"
         + (f"[Approve or decline it]({approval}): press Resume there.\n\n" if approval else "")
         + f"Ingredients: {', '.join(report.ingredients)}.\n\n[Card, report and picture in MLflow]({page})",
         key=f"soup-{report.sweep_id}-version",

@@ -147,7 +147,9 @@ def _gate(version: ModelVersion) -> str:
     if decision is None:
         return "Gate: not judged yet."
     place = registry.read_tags(version).get("stockpot.evidence")
-    return f"Gate: {decision.reason}" + (f"\n  The verdict follows again from its evidence, {place}." if judgement else "")
+    told = releasing.answer(version)
+    asked = f" It was {told}." if told else " Nobody has answered yet." if decision.waits else ""
+    return f"Gate: {decision.reason}{asked}" + (f"\n  The verdict follows again from its evidence, {place}." if judgement else "")
 
 
 def _history(version: ModelVersion) -> str:

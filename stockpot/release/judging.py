@@ -123,7 +123,7 @@ def incomparable(champion: Contender, challenger: Contender) -> str | None:
 
 
 def _passed(found: GateDecision, why: str, spec: GateSpec) -> GateDecision:
-    told = "Passed the gate and waits for approval" if spec.approval else "Promoted"
+    told = "Passed the gate, subject to approval" if spec.approval else "Promoted"
     return found.model_copy(update={"promoted": not spec.approval, "waits": spec.approval, "reason": f"{told}: {why}."})
 
 

@@ -69,6 +69,8 @@ def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecis
         champion = registry.alias_version(version.model, "champion")
         if decision is None or decision.gate_digest != asked or not (settled or champion in (decision.champion_before, version.version)):
             decision, settled = _decide(report, version, champion, spec), False
+            if answer(version):
+                registry.write_tag(version, "stockpot.approval", "")  # it was about another decision
             registry.write_tag(version, "stockpot.decision", decision.model_dump_json())
         if not settled:
             _carry_out(version, decision)
@@ -78,7 +80,8 @@ def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecis
 
 def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersion:
     """What a person answered about a version that passed the gate and waits: promote it, or leave it challenger. The answer becomes the tag
-    `stockpot.approval`. Raises `RegistryError` when it does not wait, or was judged against a champion that is champion no longer."""
+    `stockpot.approval`. Raises `RegistryError` when it does not wait, was judged against a champion that is champion no longer, or is to be
+    declined and was promoted meanwhile."""
     with _alone(version.model):
         decision = registry.read_decision(version)
         if decision is None or not decision.waits:
@@ -87,10 +90,20 @@ def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersio
                 f"Version {version.version} of {version.model} does not wait for approval ({reason}); there is nothing to do."
             )
         told = f"{'approved' if approved else 'declined'} by hand{f': {note}' if note else ''}"
+        if not approved and registry.alias_version(version.model, "champion") == version.version:
+            raise RegistryError(
+                f"Version {version.version} of {version.model} is champion already, so there is nothing left to decline; "
+                f"`stockpot rollback {version.model}` takes it back."
+            )
         if approved:
             _crown(version.model, version.version, told, decision.champion_before)
         registry.write_tag(version, "stockpot.approval", told)
         return registry.read_version(version.model, version.version)
+
+
+def answer(version: ModelVersion) -> str:
+    """What a person said about a version that waited, such as `declined by hand: not today`; empty while nobody did."""
+    return registry.read_tags(version).get("stockpot.approval", "")
 
 
 def read_judgement(version: ModelVersion) -> Judgement | None:

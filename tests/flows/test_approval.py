@@ -13,6 +13,7 @@ from prefect.flow_runs import resume_flow_run
 from deployments.starting import start, watch_to_end
 from stockpot.config import GateSpec
 from stockpot.ledger import registry
+from stockpot.release.explaining import explain
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(400)]
 
@@ -53,6 +54,25 @@ def test_a_person_has_the_last_word(stack, request_for):
     assert len(approvals(model)) == 1, "the same decision is asked about once"
 
     resume_flow_run(run.id, run_input={"approved": True, "note": "read by a test"})
-    wait_for(model, "Completed")
+    assert wait_for(model, "Completed").state.message == "Version 1 of approved is champion: approved by hand: read by a test."
     assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == (1, None)
     assert registry.read_tags(registry.read_version(model, 1))["stockpot.approval"] == "approved by hand: read by a test"
+
+
+def test_what_a_person_declines_stays_challenger_and_is_not_asked_again(stack, request_for):
+    model = "declined"
+    request = request_for(model, seeds=(1,)).model_copy(update={"gate": GateSpec(approval=True)})
+    watch_to_end(retrain(request))
+    run = wait_for(model, "Suspended")
+    assert (run.work_pool_name, registry.alias_version(model, "challenger")) == ("control", 1), "no GPU's worker has it"
+    resume_flow_run(run.id, run_input={"approved": False, "note": "not today"})
+    assert wait_for(model, "Completed").state.message == "Version 1 of declined is challenger: declined by hand: not today."
+    assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == (None, 1)
+
+    again = retrain(request)
+    watch_to_end(again)
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(again.id).state.message.endswith("It was declined by hand: not today.")
+    assert len(approvals(model)) == 1, "an answer stands"
+    assert registry.alias_version(model, "champion") is None
+    assert "subject to approval: there is no champion to compare it with. It was declined by hand: not today." in explain(f"{model}/1")

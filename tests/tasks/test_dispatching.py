@@ -191,7 +191,7 @@ def test_where_there_is_enough_before_nothing_is_dispatched_and_what_runs_is_wai
         await play("enough", {"job-1": [None]})
 
         async def worker():
-            await asyncio.sleep(2)
+            await asyncio.sleep(0.5)
             async with get_client() as client:
                 (run,) = await unfinished_runs(client, "sweep:enough")
                 await client.set_flow_run_state(run.id, Completed(), force=True)

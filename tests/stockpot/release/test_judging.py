@@ -64,7 +64,7 @@ def test_what_passes_may_wait_for_a_person_and_what_fails_does_not() -> None:
     for one, waits in ((evidence(195, 100, GateSpec(approval=True)), True), (evidence(180, 100, GateSpec(approval=True)), False)):
         decision = judge(one)
         assert (decision.promoted, decision.waits) == (False, waits)
-        assert ("waits for approval: no loss above" in decision.reason) is waits
+        assert ("subject to approval: no loss above" in decision.reason) is waits
     first = judge(Evidence(spec=GateSpec(approval=True), challenger=CHALLENGER))
     assert (first.promoted, first.waits) == (False, True)
 

@@ -155,11 +155,14 @@ def test_a_version_that_waits_is_challenger_until_a_person_answers(ground: Groun
     assert aliases(model)["challenger"] == version.version
     assert releasing.settle(version, approved=True, note="looks right").alias == "champion"
     assert releasing.settle(version, approved=True).alias == "champion", "the same answer again"
+    with pytest.raises(RegistryError, match=f"is champion already, so there is nothing left to decline; `stockpot rollback {model}`"):
+        releasing.settle(version, approved=False)
     assert registry.read_history(model)[-1]["why"] == "approved by hand: looks right"
     second, _ = released(cooked(ground, model, tmp_path, 3, recipe="uniform"), spec)
     assert releasing.settle(second, approved=False, note="not today").alias == "challenger"
     assert registry.read_tags(second)["stockpot.approval"] == "declined by hand: not today"
     assert aliases(model) == {"champion": 1, "challenger": 2, "previous": None}
+    assert releasing.answer(second) == "declined by hand: not today"
     third, _ = released(cooked(ground, model, tmp_path, 2, recipe="uniform"), GateSpec(gate_tolerance=1.0, shift_tolerance=1.0))
     with pytest.raises(RegistryError, match="does not wait for approval"):
         releasing.settle(third, approved=True)

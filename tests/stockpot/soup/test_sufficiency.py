@@ -56,41 +56,32 @@ def test_the_same_model_again_and_again_is_worth_nothing_more() -> None:
     assert len({accuracy.value for _, accuracy in ensembles(again, labels)}) == 1
 
 
-@pytest.fixture
-def sweep(ground: Ground, ledger: str) -> Sweep:
-    return tiny_sweep(ground, f"sufficiency-{uuid4().hex[:8]}", trials=6)
-
-
-def test_a_sweep_is_judged_from_stored_logits_fetched_once(sweep: Sweep, ground: Ground, tmp_path: Path) -> None:
-    finish_trials(ground, sweep, tmp_path, noise=0.2, only=(0, 1, 3, 4))
+def test_a_sweep_is_judged_from_stored_logits_fetched_once(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    sweep = tiny_sweep(ground, f"sufficiency-{uuid4().hex[:8]}", trials=5)
+    made = finish_trials(ground, sweep, tmp_path, noise=0.2, only=(0, 1, 3))
     folder = tmp_path / "logits"
-    assert judge(sweep, StopSpec(below=0.9, after=5), folder) is None, "one more trial must finish first"
-    found = judge(sweep, StopSpec(below=0.9, after=4), folder)
+    assert judge(sweep, StopSpec(below=0.9, after=4), folder) is None, "one more trial must finish first"
+    found = judge(sweep, StopSpec(below=0.9, after=2), folder)
     assert found is not None
-    assert [point.trials for point in found.curve] == [1, 2, 4]
-    assert [point.accelerator_hours * 3600 for point in found.curve] == pytest.approx([1, 2, 4])
+    assert [point.trials for point in found.curve] == [1, 2, 3]
+    assert [point.accelerator_hours * 3600 for point in found.curve] == pytest.approx([1, 2, 3])
     fetched = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    assert [path.name for path in fetched] == ["held_out.safetensors"] * 4, "no weights were fetched"
-    assert judge(sweep, StopSpec(below=0.9, after=4), folder) == found
+    assert [path.name for path in fetched] == ["held_out.safetensors"] * 3, "no weights were fetched"
+    assert judge(sweep, found.rule, folder) == found
     assert {path: path.stat().st_mtime_ns for path in fetched} == fetched, "nor anything twice"
 
     assert tracking.read_enough(sweep) is None
     tracking.record_enough(sweep.id, found)
-    assert tracking.read_enough(_asking(sweep, found.rule)) == found
-    assert tracking.read_enough(_asking(sweep, StopSpec(below=0.8, after=4))) is None, "another rule asks again"
+    assert tracking.read_enough(asking(sweep, found.rule)) == found
+    assert tracking.read_enough(asking(sweep, StopSpec(below=0.8, after=2))) is None, "another rule asks again"
     assert found.reason in client().get_run(tracking.open_sweep(sweep)).data.tags["mlflow.note.content"]
 
-
-def test_an_ingredient_whose_logits_changed_is_left_out(sweep: Sweep, ground: Ground, tmp_path: Path) -> None:
-    made = finish_trials(ground, sweep, tmp_path, noise=0.2, only=(0, 1, 2))
-    folder = tmp_path / "logits"
-    judge(sweep, StopSpec(below=0.9, after=2), folder)
     (folder / made[1].model_id / "held_out.safetensors").write_bytes(b"changed")
-    found = judge(sweep, StopSpec(below=0.9, after=2), folder)
-    assert found is not None
-    assert found.curve[-1].trials == 2
+    less = judge(sweep, found.rule, folder)
+    assert less is not None
+    assert less.curve[-1].trials == 2, "an ingredient whose logits changed is left out"
 
 
-def _asking(sweep: Sweep, rule: StopSpec) -> Sweep:
+def asking(sweep: Sweep, rule: StopSpec) -> Sweep:
     request = sweep.request
     return sweep.model_copy(update={"request": request.model_copy(update={"fan_out": request.fan_out.model_copy(update={"stop": rule})})})
