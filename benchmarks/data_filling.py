@@ -44,12 +44,14 @@ def _filling(store: ObjectStore, scratch: Path) -> dict[str, dict[str, Any]]:
             while piece := answer.read(2**20):
                 sink(piece)
 
-    def get_hash_store(url: str) -> None:
-        sha256 = hashlib.sha256()
+    def get_store(url: str, *also: Callable[[bytes], object]) -> None:
         with tempfile.TemporaryFile(dir=scratch) as file:
-            get(url, lambda piece: (sha256.update(piece), file.write(piece)))
+            get(url, lambda piece: [sink(piece) for sink in (file.write, *also)])
             file.flush()
             os.fsync(file.fileno())
+
+    def get_hash_store(url: str) -> None:
+        get_store(url, hashlib.sha256().update)
 
     def fill(uri: str) -> None:
         assert not NodeCache().ensure(uri, sha256[uri], 16 * 2**20).hit
@@ -59,6 +61,7 @@ def _filling(store: ObjectStore, scratch: Path) -> dict[str, dict[str, Any]]:
             return {
                 "one": timed(lambda: [get(url) for url in urls]),
                 "get": timed(lambda: list(pool.map(get, urls))),
+                "stored": timed(lambda: list(pool.map(get_store, urls))),
                 "bound": timed(lambda: list(pool.map(get_hash_store, urls))),
                 "hash": timed(lambda: [hashlib.sha256(data) for data in objects.values()]),
                 "fill": timed(lambda: list(pool.map(fill, objects))),
@@ -70,6 +73,12 @@ def _filling(store: ObjectStore, scratch: Path) -> dict[str, dict[str, Any]]:
         "data.cold_fill_vs_get": figure(rounds, "one", "fill", f"raw HTTP GET, one after another, nothing kept or hashed; ours is {ours}"),
         "data.cold_fill_vs_get_4": figure(rounds, "get", "fill", f"the same GETs, {FETCHED_AT_ONCE} at once"),
         "data.cold_fill_vs_bound": figure(rounds, "bound", "fill", f"GET, sha256, write and fsync, {FETCHED_AT_ONCE} at once, no library"),
+        "data.synced_get_vs_get": figure(
+            rounds,
+            "one",
+            "stored",
+            f"raw HTTP GET, one after another; the same written and synced, nothing hashed, {FETCHED_AT_ONCE} at once",
+        ),
         "data.sha256_vs_get": figure(
             rounds, "one", "hash", "raw HTTP GET, one after another; sha256 of the same bytes in memory, one core"
         ),

@@ -90,8 +90,9 @@ def test_a_cut_of_every_connection_after_some_bytes_still_reads_everything(
     ],
 )
 def test_a_permanent_fault_stops_with_a_sentence_that_names_the_shard(
-    published: Snapshot, proxy: FaultyProxy, impatient: None, fault: Fault, after: int, reading: str
+    published: Snapshot, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault, after: int, reading: str
 ) -> None:
+    monkeypatch.setattr(s3_bodies, "SILENCE_S", 1)
     proxy.break_next(fault, times=10**6, after=after)
     with pytest.raises((StorageError, ServerUnreachable)) as caught:
         read_all(published, reading)
