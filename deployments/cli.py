@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a stated failure (one sentence on standard error), 2 wrong
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Never
 
@@ -32,13 +33,24 @@ Watch = Annotated[bool, typer.Option("--watch/--no-watch", help="Stay, show prog
 def main() -> None:
     """Entry point of `stockpot`."""
     try:
-        app()
+        command = typer.main.get_command(app)
+        _show_flags_plainly(command)
+        command()
     except StockpotError as error:
         _fail(str(error))
     except (Exception, SystemExit) as error:
         if not _interrupted(error):
             raise
         _fail("Interrupted; what was finished is kept, and the same command goes on from there.", 130)
+
+
+def _show_flags_plainly(command: Any) -> None:
+    """No `<bool>` behind a flag in the help: it takes no value. (typer 0.29 shows every option's type.)"""
+    for option in command.get_params(typer.Context(command)):
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    for inner in getattr(command, "commands", {}).values():
+        _show_flags_plainly(inner)
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -53,8 +65,16 @@ def _fail(sentence: str, code: int = 1) -> Never:
     sys.exit(code)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"stockpot {version('stockpot')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _surroundings() -> None:
+def _surroundings(
+    _version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
     """Outside a configured environment, use the local stack of this folder if one is up."""
     from deployments.surroundings import use_local_stack
 

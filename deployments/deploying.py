@@ -9,10 +9,12 @@ from pathlib import Path
 import yaml
 
 from deployments.starting import as_request
-from stockpot.errors import ServerUnreachable
+from stockpot.errors import BadRequest, ServerUnreachable
 
 ROOT = Path(__file__).parent.parent
 """The repository root: entry points resolve from here."""
+
+PREFECT_FILE = "deployments/prefect.yaml"
 
 POOLS = {"control": "process", "gpu": "process"}
 """Work pools a laptop needs. An existing pool of another type (kubernetes, docker, ecs) is left as it is."""
@@ -21,28 +23,35 @@ POOLS = {"control": "process", "gpu": "process"}
 def deploy_all() -> list[str]:
     """Create missing pools, apply every deployment and automation, and return the deployments' names.
 
-    Raises `BadRequest` when a schedule carries a request that would be refused when its hour comes.
+    Raises `BadRequest` when the file is not what it should be, or a schedule carries a request that would be refused when its hour comes.
     """
     _check_schedules()
     _make_pools()
     _make_automations()
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", PREFECT_FILE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines()[-5:]
-        raise ServerUnreachable(
-            f"Prefect refused the deployments of deployments/prefect.yaml: {' / '.join(line.strip() for line in lines)}"
-        )
+        raise ServerUnreachable(f"Prefect refused the deployments of {PREFECT_FILE}: {' / '.join(line.strip() for line in lines)}")
     return [f"{flow}/stockpot" for flow in ("retrain", "finetune", "soup", "approve")]
 
 
 def _check_schedules() -> None:
     """Every request written down in the file must be valid now, not at night."""
-    document = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    try:
+        document = yaml.safe_load((ROOT / PREFECT_FILE).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{PREFECT_FILE} cannot be read ({error}); restore it from the repository.") from error
+    except yaml.YAMLError as error:
+        raise BadRequest(
+            f"{PREFECT_FILE} is not YAML: {' '.join(str(error).split())}; mend it, then run `stockpot deploy` again."
+        ) from error
+    if not isinstance(document, dict) or not isinstance(document.get("deployments"), list):
+        raise BadRequest(f"{PREFECT_FILE} has no list `deployments`; restore it from the repository.")
     for deployment in document["deployments"]:
         for place in (deployment, *(deployment.get("schedules") or ())):
             if "request" in (parameters := place.get("parameters") or {}):
-                as_request(parameters["request"], f"of a schedule of {deployment['entrypoint']} in deployments/prefect.yaml")
+                as_request(parameters["request"], f"of a schedule of {deployment['entrypoint']} in {PREFECT_FILE}")
 
 
 def _make_pools() -> None:

@@ -27,7 +27,7 @@ import psutil
 from deployments.local import components, guardian
 from deployments.local.prefect_api import crash_interrupted_runs, make_pool, worker_online
 from deployments.local.processes import Supervisor, answers
-from deployments.local.state import Lock, alive, choose_ports, clear_leftovers, credentials, read_running, write_running
+from deployments.local.state import Lock, alive, choose_ports, clear_leftovers, credentials, read_running, require_free, write_running
 from stockpot.errors import StackError
 
 READY_S = 180.0
@@ -65,6 +65,7 @@ def local_stack(
     SIGHUP end the block like Ctrl-C does.
     """
     state = state.resolve()
+    _require_free(state, ports or {})
     lock = Lock(state)
     try:
         with _ending_on_signals():
@@ -97,6 +98,7 @@ def local_stack(
 def start_detached(state: Path, *, ports: dict[str, int] | None = None) -> dict[str, str]:
     """Start the stack in the background and return its environment once it is ready. Raises what `local_stack` raises."""
     state = state.resolve()
+    _require_free(state, ports or {})
     (state / "logs").mkdir(parents=True, exist_ok=True)
     with (state / "logs" / "stack.log").open("ab") as log:
         daemon = subprocess.Popen(
@@ -171,6 +173,12 @@ def pages(environ: dict[str, str]) -> dict[str, str]:
         "MLflow": environ["MLFLOW_TRACKING_URI"],
         "S3": environ["AWS_ENDPOINT_URL"],
     }
+
+
+def _require_free(state: Path, ports: dict[str, int]) -> None:
+    """Refuse ports that are taken before a folder is made; a stack that is up on this state has them rightly, and is named instead."""
+    if not alive(read_running(state)):
+        require_free(ports)
 
 
 def _start(supervisor: Supervisor, state: Path, ports: dict[str, int], environ: dict[str, str], workers: bool) -> None:

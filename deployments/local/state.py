@@ -83,19 +83,25 @@ def clear_leftovers(state: Path) -> None:
 
 def choose_ports(state: Path, asked: dict[str, int]) -> dict[str, int]:
     """A free port for every component: the one asked for, else the remembered one, else a new one. Raises `PortTaken` for one asked for."""
+    require_free(asked)
     remembered = _read_json(state / "ports.json")
     ports: dict[str, int] = {}
     for name in PORTS:
-        if name in asked and not _free(asked[name]):
-            raise PortTaken(
-                f"Port {asked[name]} was asked for {name}, but another process listens on it; end that process, or leave the port out."
-            )
         port = asked.get(name, remembered.get(name))
         while port is None or port in ports.values() or not _free(port):
             port = random.choice(RANGE)
         ports[name] = port
     _write_json(state / "ports.json", ports)
     return ports
+
+
+def require_free(asked: dict[str, int]) -> None:
+    """Raises `PortTaken` for a port that another process listens on."""
+    for name, port in asked.items():
+        if not _free(port):
+            raise PortTaken(
+                f"Port {port} was asked for {name}, but another process listens on it; end that process, or leave the port out."
+            )
 
 
 def credentials(state: Path) -> tuple[str, str]:

@@ -3,6 +3,7 @@ and nothing is started."""
 
 import json
 import time
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -131,3 +132,34 @@ def test_a_scheduled_request_is_checked_when_it_is_deployed(stockpot, tmp_path, 
     code, _, err = stockpot("deploy")
     assert code == 1
     assert "of a schedule of flows.retrain.retrain in deployments/prefect.yaml is refused: `modle` is no field" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("deployments: [", "deployments/prefect.yaml is not YAML: while parsing"),
+        ("name: stockpot\n", "deployments/prefect.yaml has no list `deployments`"),
+        (None, "deployments/prefect.yaml cannot be read"),
+    ],
+)
+def test_a_broken_deployment_file_is_one_sentence(stockpot, tmp_path, monkeypatch, text, said):
+    (tmp_path / "deployments").mkdir()
+    if text is not None:
+        (tmp_path / "deployments" / "prefect.yaml").write_text(text)
+    monkeypatch.setattr("deployments.deploying.ROOT", tmp_path)
+    monkeypatch.setattr("deployments.surroundings.check_prefect", lambda: None)
+    code, out, err = stockpot("deploy")
+    assert (code, out, len(err.strip().splitlines())) == (1, "", 1)
+    assert said in err
+
+
+def test_the_version_is_told(stockpot):
+    assert stockpot("--version") == (0, f"stockpot {version('stockpot')}\n", "")
+
+
+@pytest.mark.parametrize("words", [(), ("stack", "up"), ("data", "publish"), ("retrain",), ("prune",)])
+def test_flags_show_no_type_in_the_help(stockpot, words):
+    code, out, _ = stockpot(*words, "--help")
+    assert code == 0
+    assert "--help" in out
+    assert "bool" not in out

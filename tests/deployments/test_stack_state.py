@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deployments import stack
 from deployments.local import state as kept
 from stockpot.errors import PortTaken, StackError, StackRunning
 
@@ -49,6 +50,17 @@ def test_a_port_asked_for_is_used_and_remembered(tmp_path: Path) -> None:
 def test_a_port_asked_for_that_is_taken_is_refused(tmp_path: Path) -> None:
     with listening() as server, pytest.raises(PortTaken, match=r"Port \d+ was asked for prefect, but another process listens on it; end"):
         kept.choose_ports(tmp_path, {"prefect": server.getsockname()[1]})
+
+
+def test_a_start_that_is_refused_its_port_leaves_no_folder(tmp_path):
+    state = tmp_path / "state"
+    with listening() as server:
+        asked = {"prefect": server.getsockname()[1]}
+        with pytest.raises(PortTaken):
+            stack.start_detached(state, ports=asked)
+        with pytest.raises(PortTaken), stack.local_stack(state, ports=asked):
+            pass
+    assert not state.exists()
 
 
 def test_credentials_are_made_once_and_only_the_owner_reads_them(tmp_path: Path) -> None:
