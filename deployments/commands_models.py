@@ -1,4 +1,5 @@
-"""`stockpot explain`, `reproduce`, `promote`, `rollback`, `prune`: registered versions told, rebuilt, crowned, and what nothing needs."""
+"""`stockpot models`, `explain`, `reproduce`, `promote`, `rollback`, `prune`: registered versions listed, told, rebuilt, crowned, and what
+nothing needs."""
 
 import json
 from typing import Annotated, Any
@@ -9,6 +10,21 @@ app = typer.Typer()
 
 Name = Annotated[str, typer.Argument(help="`digits` (its champion), `digits@previous` or `digits/3`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(help="One registered model; without it, all of them.")] = None, as_json: AsJson = False
+) -> None:
+    """List registered versions: aliases, the sweep each comes from, and what it scored."""
+    from deployments.tables import versions_text
+    from stockpot.ledger import connection, registry
+
+    connection.check_server()
+    rows = registry.list_versions(model)
+    if model and not rows:
+        raise registry.no_version(model, "version")
+    _tell([row.model_dump(mode="json") for row in rows], versions_text(rows), as_json)
 
 
 @app.command()
@@ -100,5 +116,5 @@ def prune(
     )
 
 
-def _tell(document: dict[str, Any], text: str, as_json: bool) -> None:
+def _tell(document: Any, text: str, as_json: bool) -> None:
     print(json.dumps(document, indent=2) if as_json else text)

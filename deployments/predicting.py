@@ -1,7 +1,6 @@
 """Classify files with a registered version, the way a service does: `mlflow.pyfunc.load_model`, image bytes in, labels out."""
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ def predict_files(model: str, images: list[Path], top_k: int = 1) -> list[dict[s
     from stockpot.ledger import connection, registry
 
     connection.check_server()
-    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")  # the signature says what goes in and comes out
-    loaded = registry.load(model if "@" in model or "/" in model else f"{model}@champion")
+    loaded = registry.load(model)
     try:
         answers = loaded.predict([{"image": path.read_bytes()} for path in images], params={"top_k": top_k})
     except ValueError as error:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stockpot.outcomes import Enough, ModelVersion, Scores, SoupReport
+from stockpot.outcomes import Enough, ModelVersion, Scores, SoupReport, VersionSummary
 
 
 def sweep_document(sweep_id: str) -> dict[str, Any]:
@@ -16,6 +16,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
     found = {one.trial_id: one for one in tracking.find_ingredients(sweep)}
     report = tracking.read_report(sweep_id)
     version = registry.find_version(sweep.request.model, report.soup_sha256) if report else None
+    scores = {point.trial_id: point.scores.held_out.value for point in report.trials} if report else {}
     endings, enough = tracking.read_endings(sweep_id), tracking.read_enough(sweep)
     drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     return {
@@ -26,7 +27,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
                 "trial_id": trial.id,
                 **{name: getattr(trial.settings, name) for name in drawn},
                 **_ending(trial.id in found, *endings.get(trial.id, ("", "")), enough),
-                "held_out": found[trial.id].held_out.value if trial.id in found else None,
+                "held_out": found[trial.id].held_out.value if trial.id in found else scores.get(trial.id),
                 "in_soup": bool(report and {*trial.ingredient_ids} & {*report.ingredients}),
             }
             for trial in sweep.trials
@@ -74,6 +75,20 @@ def sweeps_text(rows: list[Any]) -> str:
     for row in rows:
         table.add_row(row.sweep_id, row.model, str(row.trials), str(row.finished), row.status, row.started)
     return _text(table) if rows else "The ledger has no sweep yet; start one with `stockpot retrain REQUEST.yaml`."
+
+
+def versions_text(rows: list[VersionSummary]) -> str:
+    """A line per registered version, newest first: its aliases, where it comes from, what it scored."""
+    if not rows:
+        return "The registry has no version yet; `stockpot retrain REQUEST.yaml` ends with one."
+    table = Table("model", "version", "aliases", "sweep", "soup", "held_out %", "gate %", "test %", "mean shift %", "registered")
+    for row in rows:
+        splits = [row.scores.held_out, row.scores.gate, row.scores.test] if row.scores else [None] * 3
+        cells = [*[_percent(one.value if one else None) for one in splits], _percent(row.scores.shift_average if row.scores else None)]
+        table.add_row(
+            row.model, str(row.version), ", ".join(row.aliases), row.sweep_id, f"{row.recipe} of {row.ingredients}", *cells, row.registered
+        )
+    return _text(table)
 
 
 def comparison(report: SoupReport) -> str:

@@ -218,6 +218,19 @@ class SoupReport(Closed):
     seconds: float = 0.0
 
 
+class VersionSummary(Closed):
+    """One line about a registered version, for a list of them."""
+
+    model: str
+    version: int
+    aliases: tuple[str, ...] = Field(description="All of them, a person's own ones too.")
+    sweep_id: str
+    recipe: str
+    ingredients: int = Field(description="How many were averaged.")
+    scores: Scores | None = Field(description="None for a version registered before they were kept with it.")
+    registered: str = Field(description="ISO 8601, UTC.")
+
+
 class Paired(Closed):
     """Champion and challenger on the same samples, and what the difference is worth."""
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from prefect import get_run_logger, runtime, task
 from prefect.deployments import run_deployment
-from prefect.settings import PREFECT_UI_URL
 
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
-from tasks.policies import TRANSIENT
+from tasks.policies import TRANSIENT, flow_run_page
 
 APPROVE = "approve/stockpot"
 """The deployment that waits for a person."""
@@ -18,7 +17,8 @@ def cook_soup(sweep_id: str) -> SoupReport:
     """Rank, average and score the ingredients of one sweep."""
     from stockpot.soup.souping import cook
 
-    return cook(sweep_id, flow_run_id=runtime.flow_run.id, say=get_run_logger().info)
+    own = runtime.flow_run.id
+    return cook(sweep_id, flow_run_id=own, flow_run_page=flow_run_page(own), say=get_run_logger().info)
 
 
 @task(name="register", **TRANSIENT)
@@ -47,7 +47,7 @@ def read_answer(version: ModelVersion) -> str:
 
 
 @task(name="ask for approval", **TRANSIENT)
-def ask_approval(version: ModelVersion, decision: GateDecision) -> str:
+def ask_approval(version: ModelVersion, decision: GateDecision) -> str | None:
     """Start the run that waits for a person, once for this decision; returns its page. No child of this run: Prefect suspends no subflow,
     and a suspended run holds no process, while a paused one holds its worker's slot."""
     asked = f"approve:{version.model}:{version.version}:{decision.champion_before}:{decision.gate_digest}"
@@ -60,7 +60,7 @@ def ask_approval(version: ModelVersion, decision: GateDecision) -> str:
         flow_run_name=f"approve-{version.model}-{version.version}",
         tags=[f"model:{version.model}", "approval"],
     )
-    return f"{PREFECT_UI_URL.value()}/runs/flow-run/{run.id}"
+    return flow_run_page(run.id)
 
 
 @task(name="settle", **TRANSIENT)

@@ -6,8 +6,9 @@ from typing import Literal
 from prefect import runtime, task
 
 from stockpot.config import Init, PinnedData, RetrainRequest, Sweep
+from stockpot.outcomes import Accuracy
 from stockpot.sweeps import plan
-from tasks.policies import TRANSIENT, in_own_process
+from tasks.policies import TRANSIENT, flow_run_page, in_own_process
 
 
 @task(name="pin data", **TRANSIENT)
@@ -46,20 +47,23 @@ def open_sweep(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
     from stockpot.ledger import tracking
 
     sweep = plan(request, data, init)
-    tracking.open_sweep(sweep, flow_run_id=runtime.flow_run.id)
+    tracking.open_sweep(sweep, flow_run_id=runtime.flow_run.id, flow_run_page=flow_run_page(runtime.flow_run.id))
     return sweep
 
 
 @task(name="count ingredients", **TRANSIENT)
 def finished_trials(sweep: Sweep) -> dict[str, str]:
-    """Trial id to held-out accuracy as text, of every trial of the sweep that has an ingredient in the ledger."""
+    """Trial id to held-out accuracy as text, of every trial of the sweep that has an ingredient in the ledger, or had one until the sweep's
+    soup was a registered version: what was pruned since is not trained again."""
     from stockpot.ledger import tracking
+    from stockpot.release.pruning import no_longer_needed
 
-    return {
-        one.trial_id: f"{one.held_out.value:.4f} ({one.held_out.correct} of {one.held_out.seen})"
-        for one in tracking.find_ingredients(sweep)
-        if not one.ema_decay
-    }
+    pruned = {trial: f"{_told(score) if score else 'unfit'}, pruned since" for trial, score in no_longer_needed(sweep).items()}
+    return pruned | {one.trial_id: _told(one.held_out) for one in tracking.find_ingredients(sweep) if not one.ema_decay}
+
+
+def _told(accuracy: Accuracy) -> str:
+    return f"{accuracy.value:.4f} ({accuracy.correct} of {accuracy.seen})"
 
 
 @task(name="close sweep", **TRANSIENT)

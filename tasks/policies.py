@@ -10,6 +10,7 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Failed
 from prefect.tasks import Task
 
@@ -36,6 +37,12 @@ def stated_failure(error: StockpotError) -> State[Any]:
     """The failed state that shows the error's sentence, named by its class, instead of a traceback."""
     get_run_logger().error(str(error))
     return Failed(message=str(error), name=type(error).__name__)
+
+
+def flow_run_page(flow_run_id: Any) -> str | None:
+    """The address of a flow run's page for a browser; None where no server with pages is known."""
+    pages = PREFECT_UI_URL.value()
+    return f"{pages}/runs/flow-run/{flow_run_id}" if pages else None
 
 
 async def in_own_process(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import mlflow.pyfunc
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger.connection import address, asking, client, experiment, search_models
-from stockpot.outcomes import GateDecision, ModelVersion, soup_id
+from stockpot.outcomes import GateDecision, ModelVersion, Scores, VersionSummary, soup_id
 
 SERVED_FILE = Path(__file__).with_name("served_model.py")
 """What every version carries as its code."""
@@ -115,6 +115,27 @@ def read_version(model: str, number: int) -> ModelVersion:
     return ModelVersion(model=model, version=number, alias=alias, soup_sha256=found.tags.get("stockpot.soup_sha256", ""))
 
 
+def list_versions(model: str | None = None) -> list[VersionSummary]:
+    """Every version that Stockpot registered, of all models or of one, newest first."""
+    with asking():
+        condition = f"name = '{model}' and " if model else ""
+        found = list(client().search_model_versions(f"{condition}tags.`stockpot.soup_sha256` LIKE '%'"))
+    named = {name: aliases(name) for name in {str(one.name) for one in found}}
+    return [
+        VersionSummary(
+            model=one.name,
+            version=int(one.version),
+            aliases=tuple(sorted(alias for alias, number in named[one.name].items() if number == int(one.version))),
+            sweep_id=one.tags.get("stockpot.sweep", ""),
+            recipe=one.tags.get("stockpot.recipe", ""),
+            ingredients=len(one.tags.get("stockpot.ingredients", "").split(",")),
+            scores=Scores.model_validate_json(told) if (told := one.tags.get("stockpot.scores")) else None,
+            registered=datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        )
+        for one in sorted(found, key=lambda one: (str(one.name), -int(one.version)))
+    ]
+
+
 def resolve(name: str) -> ModelVersion:
     """The version a person means by `digits` (its champion), `digits@previous` or `digits/3`. Raises `RegistryError`."""
     model, _, number = name.partition("/")
@@ -145,6 +166,14 @@ def no_version(model: str, alias: str) -> RegistryError:
     )
 
 
+def _no_files(model: str, number: int) -> RegistryError:
+    """The sentence for a version whose bytes were deleted under it, as a bare `mlflow gc` does."""
+    return RegistryError(
+        f"Version {number} of {model} has no files left; if it is champion, make another one champion with `stockpot rollback {model}` or "
+        f"`stockpot promote {model} --version N`."
+    )
+
+
 def models_behind_versions() -> set[str]:
     """The LoggedModels that hold the bytes of any version of any registered model. A copied version (`models:/digits/1` as its source)
     shares the bytes of its original even after that was deleted, so its storage is asked for."""
@@ -158,6 +187,8 @@ def fetch_version(version: ModelVersion, folder: Path) -> Path:
         client()
         source = f"models:/{version.model}/{version.version}"
         download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=address(), registry_uri=address())
+    if not any(folder.glob("artifacts/*/model.safetensors")):
+        raise _no_files(version.model, version.version)
     return _whole(
         folder, f"Version {version.version} of {version.model}", version.soup_sha256, read_tags(version).get("stockpot.files", "{}")
     )
@@ -252,10 +283,13 @@ def load(name: str) -> Any:
         client()
         mlflow.set_tracking_uri(address())
         mlflow.set_registry_uri(address())
+        version = resolve(name)
         try:
-            return mlflow.pyfunc.load_model(f"models:/{name}")
-        except RestException as error:
-            raise RegistryError(f"The registry at {address()} has no {name}; `stockpot status` shows what was registered.") from error
+            return mlflow.pyfunc.load_model(f"models:/{version.model}/{version.version}")
+        except MlflowException as error:
+            if "MLmodel" not in str(error):
+                raise
+            raise _no_files(version.model, version.version) from error
 
 
 def signature(config: dict[str, Any]) -> ModelSignature:

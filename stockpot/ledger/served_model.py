@@ -15,6 +15,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import timm
 import torch
 from mlflow.pyfunc import PythonModel
@@ -50,7 +51,8 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
         require_same_logits(self.model.eval(), json.loads((folder / "fingerprint.json").read_text())["logits"], self.preprocess["size"])
         self.model.to(self.device)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002  (mlflow reads hints as a schema)
+    # MLflow reads the hint of `model_input` as a schema, and warns where there is none; a DataFrame's it leaves to the signature.
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # noqa: ARG002
         """Per image its `label` and `probability`, and `top`: the `top_k` likeliest classes as `{"label", "probability"}`, best first.
 
         Column `image`: encoded bytes, or their base64. params: `top_k`, at least 1; more than there are classes means all of them.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run, RunTag
 from mlflow.exceptions import RestException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -43,12 +43,14 @@ INGREDIENT_FILES = ("model.safetensors", "held_out.safetensors", "card.json", "m
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-def open_sweep(sweep: Sweep, flow_run_id: str | None = None) -> str:
-    """The MLflow run of a sweep: created with `sweep.json`, or reopened. Returns its id."""
+def open_sweep(sweep: Sweep, flow_run_id: str | None = None, flow_run_page: str | None = None) -> str:
+    """The MLflow run of a sweep: created with `sweep.json`, or reopened. Its description links to the flow run's page. Returns its id."""
     with asking():
         found = find_run(sweep.request.model, "sweep", sweep.id)
         run = found or create_run(sweep.request.model, f"sweep {sweep.id}", {"stockpot.kind": "sweep", "stockpot.sweep": sweep.id})
-        tags = {"stockpot.init": sweep.init.digest, "stockpot.trials": str(len(sweep.trials)), **flow_tags(flow_run_id)}
+        tags = {"stockpot.init": sweep.init.digest, "stockpot.trials": str(len(sweep.trials)), **flow_tags(flow_run_id, flow_run_page)}
+        enough = _standing(run, sweep)
+        tags["mlflow.note.content"] = _note(flow_run_page or "", enough.reason if enough else "")
         mlflow_run_id = str(run.info.run_id)
         client().log_batch(mlflow_run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         # Written every time: an earlier parent may have died before this line, and the request may bring another gate or quorum.
@@ -78,17 +80,15 @@ def record_enough(sweep_id: str, enough: Enough) -> None:
     """Keep, as the tag `stockpot.enough` of the sweep's run, why no further trial is started; and tell it on the run's page."""
     with asking():
         run = sweep_run(sweep_id)
-        note = run.data.tags.get("mlflow.note.content", "")
-        tags = {"stockpot.enough": enough.model_dump_json(), "mlflow.note.content": f"{note}\n\n{enough.reason}".strip()}
+        note = _note(run.data.tags.get("stockpot.prefect_flow_run", ""), enough.reason)
+        tags = {"stockpot.enough": enough.model_dump_json(), "mlflow.note.content": note}
         client().log_batch(str(run.info.run_id), tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def read_enough(sweep: Sweep) -> Enough | None:
     """Why the sweep starts no further trial, if that was decided by the stop rule it has now."""
     with asking():
-        told = sweep_run(sweep.id).data.tags.get("stockpot.enough")
-    found = Enough.model_validate_json(told) if told else None
-    return found if found and found.rule == sweep.request.fan_out.stop else None
+        return _standing(sweep_run(sweep.id), sweep)
 
 
 def list_sweeps(model: str | None = None) -> list[SweepSummary]:
@@ -184,8 +184,9 @@ def record_report(report: SoupReport, files: Path) -> SoupReport:
     """Store a cooked sweep on its soup run: every file of `files`, then `report.json`, then the end of the run. The last is the commit: a
     report without it is not found again. Returns the report."""
     with asking():
+        page = client().get_run(report.mlflow_run_id).data.tags.get("stockpot.prefect_flow_run", "")
         client().log_artifacts(report.mlflow_run_id, str(files))
-        client().log_batch(report.mlflow_run_id, metrics=_report_metrics(report), tags=_report_tags(report, files))
+        client().log_batch(report.mlflow_run_id, metrics=_report_metrics(report), tags=_report_tags(report, files, page))
         client().log_text(report.mlflow_run_id, report.model_dump_json(indent=1), "report.json")
         client().set_terminated(report.mlflow_run_id, "FINISHED")
     return report
@@ -201,11 +202,11 @@ def read_report(sweep_id: str) -> SoupReport | None:
         return SoupReport.model_validate_json(read_file(str(runs[0].info.run_id), "report.json")) if runs else None
 
 
-def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None) -> str:
+def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None, flow_run_page: str | None = None) -> str:
     """The run a sweep's soup is recorded on, a child of the sweep's: created or reopened. Returns its id."""
     with asking():
         run = find_run(model, "soup", sweep_id) or create_child(model, f"soup {sweep_id}", "soup", sweep_id, {})
-        for name, value in flow_tags(flow_run_id).items():
+        for name, value in flow_tags(flow_run_id, flow_run_page).items():
             client().set_tag(run.info.run_id, name, value)
         return str(run.info.run_id)
 
@@ -282,16 +283,28 @@ def _report_metrics(report: SoupReport) -> list[Metric]:
     return metrics + [Metric("greedy/held_out", value, now, size + 1) for size, value in enumerate(steps)]
 
 
-def _report_tags(report: SoupReport, files: Path) -> list[RunTag]:
+def _standing(run: Run, sweep: Sweep) -> Enough | None:
+    told = run.data.tags.get("stockpot.enough")
+    found = Enough.model_validate_json(told) if told else None
+    return found if found and found.rule == sweep.request.fan_out.stop else None
+
+
+def _note(page: str, text: str) -> str:
+    """What stands at the top of a run's page, as markdown: at most 8000 characters."""
+    return "\n\n".join(part for part in (f"[The flow run in Prefect]({page})" if page else "", text) if part)[:8000]
+
+
+def _report_tags(report: SoupReport, files: Path, page: str) -> list[RunTag]:
     tags = {"stockpot.soup_sha256": report.soup_sha256, "stockpot.recipe": report.recipe, "stockpot.best_single": report.best_single}
     if (card := files / "card.md").exists():
-        tags["mlflow.note.content"] = card.read_text()[:8000]
+        tags["mlflow.note.content"] = _note(page, card.read_text())
     return [RunTag(name, value) for name, value in tags.items()]
 
 
-def flow_tags(flow_run_id: str | None) -> dict[str, str]:
-    """What ties an MLflow run to the Prefect run that writes it."""
-    return {"stockpot.prefect_flow_run_id": flow_run_id} if flow_run_id else {}
+def flow_tags(flow_run_id: str | None, page: str | None = None) -> dict[str, str]:
+    """What ties an MLflow run to the Prefect run that writes it: its id, and the address of its page."""
+    tags = {"stockpot.prefect_flow_run_id": flow_run_id, "stockpot.prefect_flow_run": page}
+    return {name: value for name, value in tags.items() if value}
 
 
 def now_ms() -> int:

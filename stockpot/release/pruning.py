@@ -9,10 +9,12 @@ report names any more.
 
 from datetime import UTC, datetime, timedelta
 
+from stockpot.config import Sweep
 from stockpot.errors import SweepMissing
 from stockpot.fields import Closed
 from stockpot.ledger import registry, stored, tracking
 from stockpot.ledger.stored import Kind
+from stockpot.outcomes import Accuracy
 
 
 class Removable(Closed):
@@ -55,6 +57,16 @@ def remove(plan: Plan) -> None:
     """Delete what the plan names, records and bytes. Interrupted, it is finished by the next one."""
     for one in plan.removable:
         stored.delete_stored(one.model_id, one.kind)
+
+
+def no_longer_needed(sweep: Sweep) -> dict[str, Accuracy | None]:
+    """Trials whose ingredients may be missing because the sweep's soup is a registered version already, with what they scored on held_out
+    (None where they were left out of the soup as unfit). Trained again they would change nothing."""
+    report = tracking.read_report(sweep.id)
+    if report is None or registry.find_version(report.model, report.soup_sha256) is None:
+        return {}
+    cooked = dict.fromkeys(report.excluded) | {point.trial_id: point.scores.held_out for point in report.trials}
+    return {trial.id: cooked[trial.id] for trial in sweep.trials if trial.id in cooked}
 
 
 def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:

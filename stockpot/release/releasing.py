@@ -32,6 +32,7 @@ def register(report: SoupReport) -> ModelVersion:
         "stockpot.init": report.init_digest,
         "stockpot.transform": report.transform_digest,
         "stockpot.ingredients": ",".join(report.ingredients),
+        "stockpot.scores": report.scores[report.recipe].model_dump_json(),
     }
     told = card.write(report)
     with _alone(report.model):

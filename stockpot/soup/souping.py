@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 # N samples, C classes
 
 
-def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupReport:
+def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | None = None, say: Say) -> SoupReport:
     """The report of a sweep's soup, recorded in the ledger; the same finished trials again give the recorded one.
 
     say: called with one line per event. Raises `SweepMissing`, and `TooFewIngredients` when no finished trial is fit.
@@ -51,7 +51,7 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, say: Say) -> SoupRepo
         say(f"sweep {sweep_id} is cooked already: soup {done.soup_sha256[:12]}")
         return done
     began = time.monotonic()
-    tracking.open_soup_run(sweep.request.model, sweep_id, flow_run_id)
+    tracking.open_soup_run(sweep.request.model, sweep_id, flow_run_id, flow_run_page)
     with TemporaryDirectory(prefix="stockpot-soup-") as scratch:
         folder = Path(scratch)
         earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier)

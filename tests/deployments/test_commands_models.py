@@ -7,16 +7,18 @@ from uuid import uuid4
 
 import pytest
 
+from deployments.tables import sweep_document
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
-from stockpot.outcomes import SoupReport
+from stockpot.outcomes import Scores, SoupReport
 from stockpot.release import releasing
 from stockpot.release.explaining import read_report
 from stockpot.soup.souping import cook
+from tasks.planning import finished_trials
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
-COMMANDS = ("explain", "reproduce", "promote", "rollback", "prune")
+COMMANDS = ("models", "explain", "reproduce", "promote", "rollback", "prune")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,18 @@ def test_a_version_is_told_and_rebuilt(run, model: str) -> None:
     assert json.loads(run("reproduce", f"{model}@challenger", "--json"))["soup_sha256"] == challenger.soup_sha256
 
 
+def test_versions_are_listed_with_what_they_scored(run, refused, model: str) -> None:
+    champion = report_of(model, 1)
+    rows = json.loads(run("models", model, "--json"))
+    assert [(row["version"], row["aliases"]) for row in rows] == [(2, ["challenger"]), (1, ["champion"])]
+    assert rows[1]["sweep_id"] == champion.sweep_id
+    assert Scores.model_validate(rows[1]["scores"]) == champion.scores["greedy"]
+    told = run("models")
+    assert f"{100 * champion.scores['greedy'].held_out.value:.2f}" in told
+    assert f"greedy of {len(champion.ingredients)}" in told
+    assert "has no version of nobody" in refused("models", "nobody")
+
+
 def test_a_person_crowns_and_rolls_back(run, model: str) -> None:
     assert f'Version 2 of {model} is champion: mlflow.pyfunc.load_model("models:/{model}@champion")' in run("promote", model)
     assert registry.alias_version(model, "previous") == 1
@@ -122,6 +136,14 @@ def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, model:
         registry.fetch_version(registry.read_version(model, number), tmp_path / str(number))
     assert "reproduced" in run("reproduce", model)
     assert cook(sweep.id, say=[].append) == report, "a pruned sweep is still a cooked one"
+    finished = finished_trials.fn(sweep)
+    assert set(finished) == {trial.id for trial in sweep.trials}, "and is not trained again"
+    assert sum("pruned since" in told for told in finished.values()) == 2
+    rows = sweep_document(sweep.id)["trials"]
+    assert sorted(row["state"] for row in rows) == ["finished"] * 3 + ["pruned"] * 2
+    assert all(row["held_out"] is not None for row in rows)
+    client().delete_model_version(model, str(registry.find_version(model, report.soup_sha256).version))
+    assert set(finished_trials.fn(sweep)) == needed, "without the version its ingredients are needed again"
 
 
 @pytest.mark.slow
@@ -161,11 +183,14 @@ def test_a_version_deleted_under_its_alias_is_said_and_mended(refused, run, grou
     assert f"{model} has no challenger, but versions 1" in refused("promote", model)
     assert f"{model} has no previous, but versions 1" in refused("rollback", model)
     client().delete_model_version(model, "1")
-    for command in ("explain", "reproduce", "rollback"):
+    (tmp_path / "grey.png").write_bytes(registry.GREY_PNG)
+    for command in ("explain", "reproduce", "rollback", "promote"):
         assert f"has no version of {model}" in refused(command, model)
+    assert f"has no version of {model}; " in refused("predict", model, tmp_path / "grey.png")
     version = releasing.register(report)
     assert (version.version, releasing.gate(report, version, GateSpec()).promoted) == (2, True)
     assert f"{model} version 2 is champion." in run("explain", model)
+    assert "version 1" in refused("promote", model, "--version", 1)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -178,4 +203,4 @@ def test_no_server_and_help(stockpot, monkeypatch: pytest.MonkeyPatch, closed_po
     assert code == 0
     assert f"stockpot {command}" in out
     assert "--json" in out
-    assert stockpot(command)[0] == 2
+    assert stockpot(command)[0] == (1 if command == "models" else 2), "`models` alone means all of them"

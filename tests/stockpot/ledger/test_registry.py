@@ -14,7 +14,7 @@ def test_what_does_not_exist_is_named(ledger: str) -> None:
     assert registry.alias_version(model, "champion") is None
     with pytest.raises(RegistryError, match=f"no version 7 of {model}"):
         registry.read_version(model, 7)
-    with pytest.raises(RegistryError, match=f"has no {model}@champion"):
+    with pytest.raises(RegistryError, match=f"has no version of {model}"):
         registry.load(f"{model}@champion")
 
 

@@ -3,6 +3,7 @@ soups are released at once, a soup becomes one version and one champion."""
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -136,3 +137,28 @@ def test_soups_released_at_once_are_one_version_each_and_one_champion(ground: Gr
     ]
     assert registry.alias_version(model, "champion") == history[1]["after"]
     assert registry.alias_version(model, "previous") == history[0]["after"]
+
+
+def released_until(sweep_id: str, step: str, environ: dict[str, str]) -> None:
+    """A release whose process is killed when it comes to a step."""
+    os.environ.update(environ)
+    setattr(registry, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    release(sweep_id)
+
+
+@pytest.mark.parametrize("step", ["write_tag", "fetch_version", "set_alias", "note_change"])
+def test_a_release_killed_between_version_and_alias_is_finished_by_the_next(ground: Ground, ledger: str, tmp_path: Path, step: str) -> None:
+    model = f"killed-{uuid4().hex[:8]}"
+    sweep = tiny_sweep(ground, model, 1)
+    finish_trials(ground, sweep, tmp_path)
+    environ = {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "XDG_CACHE_HOME")}
+    process = multiprocessing.get_context("spawn").Process(target=released_until, args=(sweep.id, step, environ))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert registry.alias_version(model, "champion") == (1 if step == "note_change" else None)
+    release(sweep.id)
+    assert [found.version for found in client().search_model_versions(f"name = '{model}'")] == ["1"]
+    assert registry.alias_version(model, "champion") == 1
+    assert [line["after"] for line in registry.read_history(model)] == [1]
+    assert reproduce(model).version == 1

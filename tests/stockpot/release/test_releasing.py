@@ -4,7 +4,10 @@ what was released."""
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Barrier
 from uuid import uuid4
 
 import pytest
@@ -14,6 +17,7 @@ from stockpot.digests import digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import registry
 from stockpot.ledger.connection import client
+from stockpot.ledger.stored import delete_stored
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
@@ -170,6 +174,48 @@ def test_a_version_that_waits_is_challenger_until_a_person_answers(ground: Groun
         releasing.settle(second, approved=True)
 
 
+def test_two_at_once_register_one_version_and_move_an_alias_once(
+    ground: Ground, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = cooked(ground, model, tmp_path, 2, recipe="uniform")
+    find, both = registry.find_version, Barrier(2)
+
+    def find_at_once(*arguments: str) -> ModelVersion | None:
+        found = find(*arguments)
+        both.wait(20)
+        return found
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(releasing, "_alone", lambda _model: nullcontext())  # as on two nodes: no common lock
+        patch.setattr(registry, "find_version", find_at_once)
+        first, second = pool.map(releasing.register, [report] * 2)
+    assert first == second
+    assert [int(found.version) for found in client().search_model_versions(f"name = '{model}'")] == [first.version]
+    with ThreadPoolExecutor(2) as pool:
+        assert [one.promoted for one in pool.map(lambda _: releasing.gate(report, first, GateSpec()), range(2))] == [True, True]
+        other = releasing.register(cooked(ground, model, tmp_path, 1))
+        assert {one.version for one in pool.map(lambda _: releasing.promote(model, other.version), range(2))} == {other.version}
+    assert aliases(model) == {"champion": other.version, "challenger": None, "previous": first.version}
+    assert [line["after"] for line in registry.read_history(model)] == [first.version, other.version], "two moves, none twice"
+
+
+@pytest.mark.slow
+def test_a_champion_whose_files_are_gone_is_said_and_can_be_replaced(ground: Ground, model: str, tmp_path: Path) -> None:
+    report = cooked(ground, model, tmp_path, 1)
+    released(report)
+    challenger = cooked(ground, model, tmp_path, 2, recipe="uniform")
+    version = releasing.register(challenger)
+    delete_stored(report.model_id, "soup")
+    told = f"Version 1 of {model} has no files left; .*`stockpot promote {model} --version N`"
+    with pytest.raises(RegistryError, match=told):
+        releasing.gate(challenger, version, GateSpec())
+    with pytest.raises(RegistryError, match=told):
+        registry.load(f"{model}@champion")
+    assert releasing.promote(model, version.version).alias == "champion"
+    with pytest.raises(RegistryError, match=told):
+        releasing.rollback(model)
+
+
 def test_a_person_can_promote_roll_back_and_roll_forward(ground: Ground, model: str, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="has no version of"):
         releasing.promote(model)
@@ -213,3 +259,4 @@ def test_a_stranger_loads_the_champion_without_pickle_and_gets_the_same_answers(
     command = [sys.executable, "-I", "-c", STRANGER, f"models:/{model}@champion", *map(str, paths)]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == own
+    assert "type hints" not in done.stderr, "MLflow has nothing to warn of"
