@@ -386,6 +386,16 @@ class RetrainRequest(Closed):
     fan_out: FanOutSpec = Field(default_factory=FanOutSpec, description="Workers, retries and deadlines.")
 
     @model_validator(mode="after")
+    def _stopping_can_spare_a_trial(self) -> Self:
+        stop, trials = self.fan_out.stop, self.sweep.trials
+        if stop and stop.after >= trials:
+            raise ValueError(
+                f"`fan_out.stop` asks after {stop.after} finished trials and the sweep has {trials}, so it could spare none; lower "
+                "`after`, or ask for more trials"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _text_needs_a_text_tower(self) -> Self:
         if self.base.arch.startswith(TEXT_PREFIX) or (":" in self.base.arch and "://" not in self.base.arch):
             if self.init.head == "zero_shot":

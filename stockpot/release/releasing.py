@@ -16,7 +16,7 @@ from stockpot.config import GateSpec
 from stockpot.data.node_cache import cache_root, locked
 from stockpot.digests import digest, short, text_digest
 from stockpot.errors import RegistryError
-from stockpot.ledger import registry, tracking
+from stockpot.ledger import packaging, registry, tracking
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
 from stockpot.release.gating import gather_evidence
 from stockpot.release.judging import Judgement, Side, judge, replay
@@ -39,7 +39,7 @@ def register(report: SoupReport) -> ModelVersion:
         version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, told)
         if "stockpot.record" not in registry.read_tags(version):
             _keep_record(report, version, {"report.json": report.model_dump_json(indent=1), "card.md": told})
-    _verify(version, registry.try_out)
+    _verify(version, packaging.try_out)
     return version
 
 

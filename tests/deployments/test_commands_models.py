@@ -9,7 +9,7 @@ import pytest
 
 from deployments.tables import sweep_document
 from stockpot.config import GateSpec, SoupSpec
-from stockpot.ledger import registry, tracking
+from stockpot.ledger import packaging, registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import Scores, SoupReport
 from stockpot.release import releasing
@@ -183,7 +183,7 @@ def test_a_version_deleted_under_its_alias_is_said_and_mended(refused, run, grou
     assert f"{model} has no challenger, but versions 1" in refused("promote", model)
     assert f"{model} has no previous, but versions 1" in refused("rollback", model)
     client().delete_model_version(model, "1")
-    (tmp_path / "grey.png").write_bytes(registry.GREY_PNG)
+    (tmp_path / "grey.png").write_bytes(packaging.GREY_PNG)
     for command in ("explain", "reproduce", "rollback", "promote"):
         assert f"has no version of {model}" in refused(command, model)
     assert f"has no version of {model}; " in refused("predict", model, tmp_path / "grey.png")

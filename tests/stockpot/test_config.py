@@ -24,6 +24,7 @@ from tests.requests_for_tests import DATA, INIT, REQUEST
         ({"base": {"arch": "timm:test_vit", "text_tower": "keep"}}, "has no text tower to keep"),
         ({"init": {"templates": ["a photo"]}}, "has no `{}`"),
         ({"fan_out": {"quorum": 1.5}}, "less than or equal to 1"),
+        ({"fan_out": {"stop": {"below": 0.001}}}, "asks after 8 finished trials and the sweep has 8, so it could spare none"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(change, said):

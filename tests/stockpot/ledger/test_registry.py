@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from stockpot.errors import RegistryError
-from stockpot.ledger import registry
+from stockpot.ledger import packaging, registry
 
 
 def test_what_does_not_exist_is_named(ledger: str) -> None:
@@ -19,4 +19,4 @@ def test_what_does_not_exist_is_named(ledger: str) -> None:
 
 
 def test_requirements_are_pinned_without_a_builds_local_suffix() -> None:
-    assert all("==" in pin and "+" not in pin for pin in registry.requirements({"arch": {}}))
+    assert all("==" in pin and "+" not in pin for pin in packaging.requirements({"arch": {}}))

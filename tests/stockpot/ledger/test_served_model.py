@@ -21,7 +21,7 @@ from PIL import Image
 from stockpot.data.images import decode, eval_transform
 from stockpot.digests import canonical
 from stockpot.evaluation import logits
-from stockpot.ledger import registry, served_model
+from stockpot.ledger import packaging, served_model
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.models.folders import write_model
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, png
@@ -114,7 +114,7 @@ def test_a_kept_text_tower_answers_about_other_labels(tmp_path: Path) -> None:
     write_model(tmp_path / "soup", model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        registry._package(tmp_path, tmp_path / "soup", "m-0", "0" * 32, torch_export=False)
+        packaging.package(tmp_path, tmp_path / "soup", "m-0", "0" * 32, torch_export=False)
         loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     images, labels, templates = [png(seed, seed % 3) for seed in range(6)], ["lion", "bear"], ["a photo of a {}.", "a {}"]
     answers = loaded.predict([{"image": data} for data in images], params={"labels": labels, "templates": templates})
@@ -179,7 +179,7 @@ def test_the_file_imports_nothing_of_this_repository_and_only_what_is_pinned() -
     roots = {str(module).split(".")[0] for module in modules}
     assert not {"stockpot", "flows", "tasks", "deployments", "pickle"} & roots
     known = packages_distributions()
-    pinned = {pin.partition("==")[0] for pin in registry.requirements({})}
+    pinned = {pin.partition("==")[0] for pin in packaging.requirements({})}
     assert all(pinned & set(known[root]) for root in roots - sys.stdlib_module_names)
 
 

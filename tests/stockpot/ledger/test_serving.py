@@ -22,7 +22,7 @@ from PIL import Image
 
 from stockpot.config import GateSpec, ReleaseSpec, SoupSpec
 from stockpot.data.images import decode, eval_transform
-from stockpot.ledger import registry, served_model, tracking
+from stockpot.ledger import packaging, registry, served_model, tracking
 from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
 from stockpot.soup.souping import cook
@@ -125,8 +125,8 @@ def test_two_versions_in_one_process_each_run_their_own_code_and_weights(
     model = f"serving-{uuid4().hex[:8]}"
     first = released(ground, model, tmp_path / "a", 1, SoupSpec())
     other = tmp_path / "served_model.py"
-    other.write_text(registry.SERVED_FILE.read_text().replace("MAX_PIXELS = 64 * 10**6", "MAX_PIXELS = 400"))
-    monkeypatch.setattr(registry, "SERVED_FILE", other)
+    other.write_text(packaging.SERVED_FILE.read_text().replace("MAX_PIXELS = 64 * 10**6", "MAX_PIXELS = 400"))
+    monkeypatch.setattr(packaging, "SERVED_FILE", other)
     second = released(ground, model, tmp_path / "b", 3, SoupSpec(recipe="uniform"))
     assert first.soup_sha256 != second.soup_sha256
     one, two = (registry.load(f"{model}/{number}") for number in (1, 2))

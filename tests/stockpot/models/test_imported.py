@@ -13,7 +13,7 @@ from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.errors import ModelError
 from stockpot.evaluation import logits
-from stockpot.ledger import registry, served_model
+from stockpot.ledger import packaging, served_model
 from stockpot.models.bases import load_base
 from stockpot.models.folders import write_model
 from stockpot.settings import TrialSettings
@@ -75,5 +75,7 @@ def test_what_is_no_backbone_is_one_sentence(arch, preprocess, told):
 
 
 def test_the_version_pins_the_package_it_comes_from():
-    assert not any(line.startswith("filelock") for line in registry.requirements({"kind": "open_clip", "arch": {}}))
-    assert any(line.startswith("filelock==") for line in registry.requirements({"kind": "imported", "arch": {"name": "filelock:FileLock"}}))
+    assert not any(line.startswith("filelock") for line in packaging.requirements({"kind": "open_clip", "arch": {}}))
+    assert any(
+        line.startswith("filelock==") for line in packaging.requirements({"kind": "imported", "arch": {"name": "filelock:FileLock"}})
+    )

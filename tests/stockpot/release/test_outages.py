@@ -15,7 +15,7 @@ import pytest
 
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.errors import ServerUnreachable
-from stockpot.ledger import registry
+from stockpot.ledger import packaging, registry
 from stockpot.ledger.connection import client
 from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
@@ -96,10 +96,11 @@ def test_a_release_interrupted_before_every_step_registers_once(
     model = f"outages-{uuid4().hex[:8]}"
     sweep = tiny_sweep(ground, model, 2)
     finish_trials(ground, sweep, tmp_path)
-    for what, step in (("store", "_package"), ("ledger", "_package"), ("ledger", "_create_model"), ("store", "fetch_version"),
+    for what, step in (("store", "package"), ("ledger", "package"), ("ledger", "_create_model"), ("store", "fetch_version"),
                        ("ledger", "fetch_version"), ("ledger", "set_alias"), ("ledger", "note_change")):  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(registry, step, goes_away(surroundings, what, getattr(registry, step)))
+            module = packaging if step == "package" else registry
+            patch.setattr(module, step, goes_away(surroundings, what, getattr(module, step)))
             with pytest.raises(ServerUnreachable, match="MLFLOW_TRACKING_URI"):
                 release(sweep.id)
         surroundings.start(what)
