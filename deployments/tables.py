@@ -78,13 +78,19 @@ def sweeps_text(rows: list[Any]) -> str:
 
 
 def versions_text(rows: list[VersionSummary]) -> str:
-    """A line per registered version, newest first: its aliases, where it comes from, what it scored."""
+    """A line per registered version, newest first: its aliases, where it comes from, what it scored on the splits that were asked for."""
     if not rows:
         return "The registry has no version yet; `stockpot retrain REQUEST.yaml` ends with one."
-    table = Table("model", "version", "aliases", "sweep", "soup", "held_out %", "gate %", "test %", "mean shift %", "registered")
-    for row in rows:
-        splits = [row.scores.held_out, row.scores.gate, row.scores.test] if row.scores else [None] * 3
-        cells = [*[_percent(one.value if one else None) for one in splits], _percent(row.scores.shift_average if row.scores else None)]
+    scored = {
+        "held_out %": [row.scores.held_out.value if row.scores else None for row in rows],
+        "gate %": [row.scores.gate.value if row.scores and row.scores.gate else None for row in rows],
+        "test %": [row.scores.test.value if row.scores and row.scores.test else None for row in rows],
+        "mean shift %": [row.scores.shift_average if row.scores else None for row in rows],
+    }
+    asked = {name: column for name, column in scored.items() if any(one is not None for one in column)}
+    table = Table("model", "version", "aliases", "sweep", "soup", *asked, "registered")
+    for place, row in enumerate(rows):
+        cells = [_percent(column[place]) for column in asked.values()]
         table.add_row(
             row.model, str(row.version), ", ".join(row.aliases), row.sweep_id, f"{row.recipe} of {row.ingredients}", *cells, row.registered
         )

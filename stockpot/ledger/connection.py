@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlflow
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
@@ -40,8 +41,11 @@ def address() -> str:
 
 
 def client() -> MlflowClient:
-    """A client of the server at `MLFLOW_TRACKING_URI`, with `PATIENCE`."""
+    """A client of the server at `MLFLOW_TRACKING_URI`, with `PATIENCE`. MLflow's own address follows: reading `models:/...` asks that one,
+    whichever is given (3.17.2)."""
     uri = address()
+    if mlflow.get_tracking_uri() != uri:
+        mlflow.set_tracking_uri(uri)
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow").setLevel(logging.WARNING)

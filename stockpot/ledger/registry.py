@@ -250,9 +250,6 @@ def read_history(model: str) -> list[dict[str, Any]]:
 def load(name: str) -> Any:
     """`digits@champion` or `digits/3`, as a consumer loads it: `.predict([{"image": bytes}, ...])` gives a label and a probability each."""
     with asking():
-        client()
-        mlflow.set_tracking_uri(address())
-        mlflow.set_registry_uri(address())
         version = resolve(name)
         try:
             return mlflow.pyfunc.load_model(f"models:/{version.model}/{version.version}")
