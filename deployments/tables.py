@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from stockpot.fields import METRICS
 from stockpot.outcomes import Enough, ModelVersion, Scores, SoupReport, VersionSummary
 
 
@@ -103,7 +104,7 @@ def comparison(report: SoupReport) -> str:
     names = ["held_out %", "gate %", "test %", *[f"{suite} %" for suite in suites], "mean shift %"]
     rows = {name.replace("_", " "): _cells(scores, suites) for name, scores in report.scores.items()}
     asked = [place for place in range(len(names)) if any(cells[place] for cells in rows.values())]
-    table = Table("model", *[names[place] for place in asked], title="Accuracy")
+    table = Table("model", *[names[place] for place in asked], title=METRICS[report.metric].capitalize())
     for name, cells in rows.items():
         table.add_row(name, *[cells[place] for place in asked])
     return _text(table)

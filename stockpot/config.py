@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stockpot.digests import short
-from stockpot.fields import NAME, Closed, Fraction, Uri
+from stockpot.fields import NAME, Closed, Fraction, Metric, Uri
 from stockpot.settings import TrialSettings
 from stockpot.spaces import Distribution, deciding
 
@@ -201,6 +201,11 @@ class SoupSpec(Closed):
     """How ingredients become a soup."""
 
     recipe: Recipe = Field("greedy", description="The recipe that ships. Greedy and uniform are always shown.")
+    metric: Metric = Field(
+        "accuracy",
+        description="What greedy and pruned rank and decide by, and the gate compares. macro_f1 (mean F1 over classes) and mcc (Matthews "
+        "correlation) suit uneven classes; every candidate is then scored in full, for only accuracy can be lost early.",
+    )
     accept: Literal["improve", "not_worse"] = Field(
         "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."
     )

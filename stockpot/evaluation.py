@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stockpot.config import Preparation, Tokens
+from stockpot.fields import Metric
 from stockpot.outcomes import Accuracy
 
 
@@ -113,9 +114,32 @@ def _in_batches(
     return torch.cat(rows)
 
 
-def accuracy(logits_NC: Tensor, labels_N: np.ndarray | Tensor) -> Accuracy:
-    """Top-1 accuracy as counts; the first of equal logits is the answer, as in `argmax`."""
+def accuracy(logits_NC: Tensor, labels_N: np.ndarray | Tensor, metric: Metric = "accuracy") -> Accuracy:
+    """Top-1 accuracy as counts, beside it another metric if one is asked for; the first of equal logits is the answer, as in `argmax`."""
     labels = torch.as_tensor(np.asarray(labels_N))
     if len(labels) != len(logits_NC):
         raise ValueError(f"{len(logits_NC)} rows of logits for {len(labels)} labels")
-    return Accuracy(correct=int((logits_NC.argmax(dim=1) == labels).sum()), seen=len(labels))
+    answers = logits_NC.argmax(dim=1)
+    counts = Accuracy(correct=int((answers == labels).sum()), seen=len(labels))
+    if metric == "accuracy":
+        return counts
+    classes = logits_NC.shape[1]
+    true_C, told_C, right_C = (torch.bincount(one, minlength=classes).double() for one in (labels, answers, labels[answers == labels]))
+    return counts.model_copy(update={"other": round(float(OTHERS[metric](true_C, told_C, right_C)), 12)})
+
+
+def macro_f1(true_C: Tensor, told_C: Tensor, right_C: Tensor) -> Tensor:
+    """Mean F1 over the classes that occur among labels or answers, from each class's labels, answers and right answers (float64)."""
+    both_C = true_C + told_C
+    return (2 * right_C / both_C)[both_C > 0].mean()
+
+
+def mcc(true_C: Tensor, told_C: Tensor, right_C: Tensor) -> Tensor:
+    """Matthews correlation of many classes (Gorodkin 2004, R_K), in [-1, 1]; 0 where all labels or all answers are of one class."""
+    seen = true_C.sum()
+    spread = (seen**2 - told_C.square().sum()) * (seen**2 - true_C.square().sum())
+    return (right_C.sum() * seen - true_C @ told_C) / spread.sqrt() if spread > 0 else torch.zeros(())
+
+
+OTHERS: dict[Metric, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"macro_f1": macro_f1, "mcc": mcc}
+"""Metrics beside accuracy. They are rounded to twelve digits, so that equals are equal whatever was summed first."""

@@ -4,20 +4,26 @@ Weights, logits and pixels never appear here; they lie in object storage under t
 from pydantic import Field
 
 from stockpot.config import StopSpec
-from stockpot.fields import Closed
+from stockpot.fields import Closed, Metric
 from stockpot.settings import TrialSettings
 
 
 class Accuracy(Closed):
-    """Top-1 accuracy as integer counts; the fraction is derived, never stored."""
+    """Top-1 accuracy as integer counts; the fraction is derived, never stored. Beside them the request's metric, where it is another."""
 
     correct: int = Field(ge=0)
     seen: int = Field(gt=0)
+    other: float | None = Field(None, description="Macro F1 or Matthews correlation, where the request ranks by it.")
 
     @property
     def value(self) -> float:
-        """The fraction in [0, 1]."""
-        return self.correct / self.seen
+        """What it is ranked and shown by: the fraction right, in [0, 1], or the other metric."""
+        return self.correct / self.seen if self.other is None else self.other
+
+    @property
+    def told(self) -> str:
+        """`381 of 400`, or the other metric in percent."""
+        return f"{self.correct} of {self.seen}" if self.other is None else f"{100 * self.other:.2f}"
 
 
 def soup_id(soup_sha256: str) -> str:
@@ -69,6 +75,12 @@ class GreedyStep(Closed):
     def exact(self) -> bool:
         """Whether `after` is the count itself, not an upper bound."""
         return self.examined >= self.after.seen
+
+    @property
+    def lacked(self) -> int | None:
+        """Right answers that kept it out, fewer than the soup had without it; None where it was kept, or nobody counted."""
+        counted = self.before and self.exact and not self.kept and self.after.other is None
+        return self.before.correct - self.after.correct if self.before and counted else None
 
 
 class Scores(Closed):
@@ -175,6 +187,7 @@ class SoupReport(Closed):
     model: str
     mlflow_run_id: str
     recipe: str
+    metric: Metric = Field("accuracy", description="What ingredients were ranked by; every score is of it.")
     model_id: str = Field("", description="MLflow LoggedModel that holds the shipped soup, as it is served.")
     soup_sha256: str = Field(description="sha256 of the shipped soup's safetensors file: the identity of the model version.")
     init_digest: str
@@ -242,7 +255,9 @@ class Paired(Closed):
 
     @property
     def gain(self) -> float:
-        """Accuracy the challenger gains, as a fraction; negative is a loss."""
+        """What the challenger gains, as a fraction; negative is a loss."""
+        if self.champion.other is not None:
+            return self.challenger.value - self.champion.value
         return (self.challenger.correct - self.champion.correct) / self.champion.seen
 
 

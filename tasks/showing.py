@@ -17,6 +17,7 @@ from prefect.artifacts import (
 )
 
 from stockpot.config import Sweep
+from stockpot.fields import METRICS
 from stockpot.outcomes import Accuracy, ModelVersion, Scores, SoupReport
 from tasks.dispatching import Outcome
 
@@ -75,7 +76,7 @@ def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: 
     create_table_artifact(
         [score_row(name, scores) for name, scores in report.scores.items()],
         key=f"soup-{report.sweep_id}-scores",
-        description="Accuracy in percent",
+        description=f"{METRICS[report.metric].capitalize()} in percent",
     )
     create_image_artifact(
         "data:image/png;base64," + base64.b64encode(picture).decode(),
@@ -111,4 +112,6 @@ def score_row(name: str, scores: Scores) -> dict[str, str]:
 
 def percent(accuracy: Accuracy | None) -> str:
     """`95.25 (381/400)`, or nothing."""
-    return f"{100 * accuracy.value:.2f} ({accuracy.correct}/{accuracy.seen})" if accuracy else ""
+    if accuracy is None:
+        return ""
+    return accuracy.told if accuracy.other is not None else f"{100 * accuracy.value:.2f} ({accuracy.correct}/{accuracy.seen})"

@@ -119,7 +119,7 @@ def _made_of(report: SoupReport) -> str:
     lines = [f"Recipe {report.recipe}, sweep {report.sweep_id}, from init {report.init_digest[:12]}:"]
     for trial in report.ingredients:
         score = by_id[trial].scores.held_out
-        lines.append(f"  {_name(report, by_id[trial])}  held_out {100 * score.value:.2f} % ({score.correct} of {score.seen}) on its own")
+        lines.append(f"  {_name(report, by_id[trial])}  held_out {100 * score.value:.2f} % ({score.told}) on its own")
     left_out = len(report.trials) - len(set(report.ingredients))
     return "\n".join([*lines, f"  left out by the recipe: {left_out}; unfit: {len(report.excluded)}"])
 
@@ -133,9 +133,7 @@ def _name(report: SoupReport, point: TrialPoint) -> str:
 
 def _near_misses(report: SoupReport) -> str:
     """Candidates that lacked at most three right answers: greedy can miss a better soup by that little."""
-    missed = [
-        step for step in report.steps if not step.kept and step.exact and step.before and step.before.correct - step.after.correct <= 3
-    ]
+    missed = [step for step in report.steps if step.lacked is not None and step.lacked <= 3]
     if not missed or report.recipe != "greedy":
         return ""
     told = [f"{step.trial_id} ({step.after.correct} right answers, {step.before.correct} before it)" for step in missed if step.before]

@@ -11,7 +11,8 @@ from torch import Tensor
 from stockpot.config import GateSpec, PinnedSnapshot, Sweep
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
-from stockpot.evaluation import logits
+from stockpot.evaluation import accuracy, logits
+from stockpot.fields import Metric
 from stockpot.models.classifier import ModelConfig
 from stockpot.models.folders import probes, read_model
 from stockpot.outcomes import ModelVersion
@@ -31,14 +32,15 @@ def gather_evidence(sweep: Sweep, versions: dict[Side, ModelVersion], folders: d
     if champion is None or incomparable(champion, challenger):
         return Evidence(spec=spec, challenger=challenger, champion=champion)
     tasters = {side: _Taster(folder) for side, folder in folders.items()}
+    metric = sweep.request.soup.metric
     gate = {side: one.logits(sweep.data.snapshot, "gate") for side, one in tasters.items()}
     return Evidence(
         spec=spec,
         challenger=challenger,
         champion=champion,
-        gate=_answers(sweep.data.snapshot, "gate", gate),
+        gate=_answers(sweep.data.snapshot, "gate", gate, metric),
         shifts={
-            name: _answers(pinned, "test", {side: one.logits(pinned, "test") for side, one in tasters.items()})
+            name: _answers(pinned, "test", {side: one.logits(pinned, "test") for side, one in tasters.items()}, metric)
             for name, pinned in sweep.data.shifts.items()
         },
         calibration_error={side: calibration_error(*answer) for side, answer in gate.items()},
@@ -95,6 +97,7 @@ def _config(folder: Path) -> ModelConfig:
     return ModelConfig.model_validate_json((folder / "model.json").read_bytes())
 
 
-def _answers(pinned: PinnedSnapshot, split: str, sides: dict[Side, tuple[Tensor, Tensor]]) -> Answers:
+def _answers(pinned: PinnedSnapshot, split: str, sides: dict[Side, tuple[Tensor, Tensor]], metric: Metric) -> Answers:
     told = {side: "".join("1" if one else "0" for one in right(*answer).tolist()) for side, answer in sides.items()}
-    return Answers(snapshot_digest=pinned.digest, split=split, champion=told["champion"], challenger=told["challenger"])
+    measured = {side: other for side, answer in sides.items() if (other := accuracy(*answer, metric).other) is not None}
+    return Answers(snapshot_digest=pinned.digest, split=split, champion=told["champion"], challenger=told["challenger"], measured=measured)

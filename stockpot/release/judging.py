@@ -32,6 +32,7 @@ class Answers(Closed):
     split: str
     champion: str
     challenger: str
+    measured: dict[Side, float] = Field(default_factory=dict, description="The request's metric, where it is another than accuracy.")
 
     def right(self, side: Side) -> Tensor:
         """bool (N,)."""
@@ -40,7 +41,7 @@ class Answers(Closed):
     def accuracy(self, side: Side) -> Accuracy:
         """The counts."""
         answers: str = getattr(self, side)
-        return Accuracy(correct=answers.count("1"), seen=len(answers))
+        return Accuracy(correct=answers.count("1"), seen=len(answers), other=self.measured.get(side))
 
 
 class Contender(Closed):
@@ -163,4 +164,5 @@ def _told(one: Paired) -> str:
         for side, score in (("challenger", one.challenger), ("champion", one.champion))
     )
     low, high = (100 * end for end in one.interval)
-    return f"{sides}, {100 * one.gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, exact McNemar p = {one.p_value:.3g}"
+    of = "" if one.champion.other is None else " of the accuracy"
+    return f"{sides}, {100 * one.gain:+.2f} points, 95 % interval{of} {low:+.2f} to {high:+.2f}, exact McNemar p = {one.p_value:.3g}"

@@ -1,5 +1,6 @@
 """The soup card: what a soup is made of, what it scored and how each ingredient was decided, as markdown for a run and a version page."""
 
+from stockpot.fields import METRICS
 from stockpot.outcomes import Accuracy, GreedyStep, Scores, SoupReport
 from stockpot.soup.marginal import expected_gain
 
@@ -38,7 +39,7 @@ def verdict(report: SoupReport) -> str:
 
 def _scores(report: SoupReport) -> str:
     suites = sorted(report.scores["best_single"].shifts)
-    head = ["accuracy, %", "held_out", "gate", "test", *suites, "mean shift"]
+    head = [f"{METRICS[report.metric]}, %", "held_out", "gate", "test", *suites, "mean shift"]
     lines = [_line(head), _line(["---"] * len(head))]
     lines += [_line([name.replace("_", " "), *_cells(scores, suites)]) for name, scores in report.scores.items()]
     return "## Scores\n\n" + "\n".join(lines)
@@ -68,7 +69,8 @@ def _decisions(report: SoupReport) -> str:
         _line([step.trial_id, _counts(step.before), _after(step), "kept" if step.kept else "left out", str(step.size)])
         for step in report.steps
     ]
-    return "## Greedy decisions, right answers on held_out\n\n" + "\n".join(lines) + unvisited(report)
+    told = "right answers" if report.metric == "accuracy" else f"{METRICS[report.metric]} in percent,"
+    return f"## Greedy decisions, {told} on held_out\n\n" + "\n".join(lines) + unvisited(report)
 
 
 def unvisited(report: SoupReport) -> str:
@@ -89,15 +91,15 @@ NEAR = 3
 def _close_calls(report: SoupReport) -> str:
     """What greedy can miss by a few answers: ingredients it left out, and recipes that score better on held_out than what ships."""
     lines = [
-        f"- Greedy left out {step.trial_id} at {_counts(step.after)}, {step.before.correct - step.after.correct} below the soup without it."
+        f"- Greedy left out {step.trial_id} at {_counts(step.after)}, {step.lacked} below the soup without it."
         for step in report.steps
-        if not step.kept and step.exact and step.before and step.before.correct - step.after.correct <= NEAR
+        if step.lacked is not None and step.lacked <= NEAR
     ]
     shipped = report.scores[report.recipe].held_out
     lines += [
         f"- {name.replace('_', ' ').capitalize()} has {_counts(scores.held_out)} on held_out, what ships {_counts(shipped)}."
         for name, scores in report.scores.items()
-        if scores.held_out.correct > shipped.correct
+        if scores.held_out.value > shipped.value
     ]
     return "## Near misses\n\n" + "\n".join(lines) if lines else ""
 
@@ -183,7 +185,7 @@ def _percent(score: Accuracy | None) -> str:
 
 
 def _counts(score: Accuracy | None) -> str:
-    return f"{score.correct} of {score.seen}" if score else ""
+    return score.told if score else ""
 
 
 def _points(one: Accuracy, other: Accuracy) -> str:

@@ -64,13 +64,13 @@ def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, fold
 
 def _ensemble_members(kitchen: Kitchen, spec: SoupSpec) -> tuple[str, ...]:
     own = {trial: one.logits for trial, one in kitchen.pool.candidates.items()}
-    return greedy_ensemble(own, torch.as_tensor(kitchen.splits["held_out"].labels), spec.accept)
+    return greedy_ensemble(own, torch.as_tensor(kitchen.splits["held_out"].labels), spec.accept, kitchen.metric)
 
 
 def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Scores:
     def score(split: str) -> Accuracy:
         own: dict[str, Tensor] = {trial: kitchen.logits(kitchen.soup([trial]), split) for trial in trials}
-        return accuracy(ensemble(own, list(trials)), kitchen.splits[split].labels)
+        return accuracy(ensemble(own, list(trials)), kitchen.splits[split].labels, kitchen.metric)
 
     return kitchen.scores_by(score)
 

@@ -24,7 +24,7 @@ from stockpot.data.snapshots import open_snapshot
 from stockpot.data.splits import point
 from stockpot.digests import digest
 from stockpot.errors import ModelError
-from stockpot.evaluation import normalise
+from stockpot.evaluation import accuracy, normalise
 from stockpot.models.classifier import Classifier, build
 from stockpot.models.folders import check_fingerprint, write_model
 from stockpot.models.loading import load_state
@@ -91,12 +91,13 @@ class Kitchen:
         pinned |= {_suite(name): open_snapshot(one) for name, one in sweep.data.shifts.items()}
         self.pool = pool
         self.config = config
+        self.metric = sweep.request.soup.metric
         self.splits: dict[str, Pixels] = {
             name: pixels(snapshot, name if snapshot is main else "test", config.preprocess) for name, snapshot in pinned.items()
         }
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._digests = {name: snapshot.digest for name, snapshot in pinned.items()}
-        self._cache = ScoreCache(cache_root() / "scores", self.device)
+        self._cache = ScoreCache(cache_root() / "scores", self.device, self.metric)
         places = devices or [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
         models = [build(config).to(place).eval() for place in places]
         self.settling = settling_samples(sweep, config.preprocess) if norms(models[0]) else ()
@@ -178,7 +179,7 @@ class Kitchen:
         order = doubtful_first(soup_NC, len(trials) - 1, self.pool.candidates[trials[-1]].logits, labels_N)
         verdict, logits_NC = self._examine(dish, "held_out", order, need, stove)
         self._cache.put(key, verdict)
-        if logits_NC is not None and verdict.accuracy.correct >= need:
+        if need and logits_NC is not None and verdict.accuracy.correct >= need:
             self._soups[tuple(trials)] = logits_NC
             for past in [soup for soup in list(self._soups) if len(soup) < len(trials) - 1]:
                 self._soups.pop(past, None)  # another device may have done it
@@ -238,7 +239,10 @@ class Kitchen:
             logits_BC: Tensor = stove.model(normalise(images, self.config.preprocess))
             return logits_BC[: len(numbers_B)].float().cpu()
 
-        return examine(predict, torch.as_tensor(seen.labels), order, need, block)
+        verdict, logits_NC = examine(predict, torch.as_tensor(seen.labels), order, need, block)
+        if logits_NC is not None and self.metric != "accuracy":
+            verdict = verdict._replace(accuracy=accuracy(logits_NC, seen.labels, self.metric))
+        return verdict, logits_NC
 
     def _soup_logits(self, trials: Sequence[str]) -> Tensor:
         """The soup's own logits where its last examination left them, else the mean of its members': they only decide an order."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from scipy.stats import binomtest
 
 from stockpot.config import Sweep
+from stockpot.fields import METRICS
 from stockpot.outcomes import Accuracy, Scores, SoupReport
 from stockpot.soup import card, figures, picture
 
@@ -30,11 +31,9 @@ def write(report: SoupReport, sweep: Sweep) -> str:
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(card.verdict(report))}</p>',
         _facts(report),
         _image(picture.draw(report, "svg"), "Held-out accuracy against the mean over shift suites, one point a trial"),
-        _section("Scores", "In percent, with 95 % Wilson intervals. held_out is selected on, gate decides promotion, test is only read."),
+        _section("Scores", f"{_measure(report)} held_out is selected on, gate decides promotion, test is only read."),
         _scores(report),
-        _section(
-            "Greedy decisions", "Right answers on held_out, trial by trial. A candidate that is lost already is not looked at further."
-        ),
+        _section("Greedy decisions", "On held_out, trial by trial. A candidate that is lost already is not looked at further."),
         _image(figures.growth(report.steps), "Held-out accuracy of the greedy soup after every candidate"),
         _decisions(report),
         _classes(report),
@@ -74,6 +73,12 @@ def _scores(report: SoupReport) -> str:
     return _table(["", "held_out", "gate", "test", *suites, "mean shift"], rows, {shipped})
 
 
+def _measure(report: SoupReport) -> str:
+    if report.metric == "accuracy":
+        return "Accuracy in percent, with 95 % Wilson intervals."
+    return f"{METRICS[report.metric].capitalize()} in percent."
+
+
 def _splits(scores: Scores, suites: Sequence[str]) -> list[Accuracy | None]:
     return [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
 
@@ -81,6 +86,8 @@ def _splits(scores: Scores, suites: Sequence[str]) -> list[Accuracy | None]:
 def _interval(score: Accuracy | None) -> str:
     if score is None:
         return ""
+    if score.other is not None:
+        return score.told
     ends = binomtest(score.correct, score.seen).proportion_ci(0.95, "wilson")
     return f"{100 * score.value:.2f}<small>{100 * ends.low:.1f}–{100 * ends.high:.1f}</small>"
 
@@ -89,15 +96,15 @@ def _decisions(report: SoupReport) -> str:
     rows = [
         [
             step.trial_id,
-            str(step.before.correct) if step.before else "",
-            f"{'' if step.exact else 'at most '}{step.after.correct}",
+            step.before.told if step.before else "",
+            f"{'' if step.exact else 'at most '}{step.after.told}",
             str(step.examined or step.after.seen),
             "kept" if step.kept else "left out",
             str(step.size),
         ]
         for step in report.steps
     ]
-    head = ["trial", "right before", "right after", f"looked at, of {report.steps[0].after.seen}", "decision", "ingredients"]
+    head = ["trial", "before", "after", f"looked at, of {report.steps[0].after.seen}", "decision", "ingredients"]
     rest = card.unvisited(report)
     return _table(head, rows, {step.trial_id for step in report.steps if step.kept}) + (
         f'<p class="note">{rest.strip()}</p>' if rest else ""
@@ -140,7 +147,7 @@ def _trials(report: SoupReport, sweep: Sweep) -> str:
     settings = {name: trial.settings for trial in sweep.trials for name in trial.ingredient_ids}
     varied = sorted({"learning_rate", *sweep.request.sweep.space, *sweep.request.sweep.grid})
     rows = []
-    for point in sorted(report.trials, key=lambda one: (-one.scores.held_out.correct, one.trial_id)):
+    for point in sorted(report.trials, key=lambda one: (-one.scores.held_out.value, one.trial_id)):
         own = settings.get(point.trial_id)
         values = [getattr(own, name) if own else "" for name in varied]
         shown = [f"{value:.3g}" if isinstance(value, float) else html.escape(str(value)) for value in values]

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from stockpot.fields import METRICS
 from stockpot.outcomes import SoupReport
 
 MARKS = {
@@ -26,8 +27,8 @@ def draw(report: SoupReport, kind: Literal["png", "svg"] = "png") -> bytes:
     by_shift = report.scores["best_single"].shift_average is not None
     _trials(axes, report, by_shift)
     _soups(axes, report, by_shift)
-    axes.set_xlabel("held_out accuracy, %")
-    axes.set_ylabel("mean accuracy over shift suites, %" if by_shift else "trial")
+    axes.set_xlabel(f"held_out {METRICS[report.metric]}, %")
+    axes.set_ylabel(f"mean {METRICS[report.metric]} over shift suites, %" if by_shift else "trial")
     axes.set_title(f"{report.model}, sweep {report.sweep_id}: {len(report.ingredients)} of {len(report.trials)} trials in the soup")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="best")

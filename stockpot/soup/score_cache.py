@@ -11,6 +11,7 @@ from uuid import uuid4
 import torch
 
 from stockpot.digests import short
+from stockpot.fields import Metric
 from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes.examining import Verdict
 
@@ -24,10 +25,12 @@ class ScoreCache:
 
     folder: Path
     device: str
+    metric: Metric = "accuracy"
 
     def key(self, weights_sha256: Sequence[str], split_digest: str, split: str, transform_digest: str) -> str:
         """The identity of one score. `weights_sha256`: the averaged files, in any order; one averaged twice is named twice."""
-        return short([ARITHMETIC, sorted(weights_sha256), split_digest, split, transform_digest, self.device, torch.__version__])
+        parts = [ARITHMETIC, sorted(weights_sha256), split_digest, split, transform_digest, self.device, torch.__version__]
+        return short(parts if self.metric == "accuracy" else [*parts, self.metric])
 
     def get(self, key: str, need: int) -> Verdict | None:
         """A stored verdict that answers whether `need` correct answers are reached; None when there is none."""
@@ -35,7 +38,7 @@ class ScoreCache:
         if not path.exists():
             return None
         stored = json.loads(path.read_text())
-        verdict = Verdict(Accuracy(correct=stored["correct"], seen=stored["seen"]), stored["examined"])
+        verdict = Verdict(Accuracy(correct=stored["correct"], seen=stored["seen"], other=stored.get("other")), stored["examined"])
         exact = verdict.examined == verdict.accuracy.seen
         return verdict if exact or verdict.accuracy.correct < need else None
 

@@ -15,6 +15,7 @@ from stockpot.checkpoints import load_weights
 from stockpot.config import Init
 from stockpot.errors import IngredientMismatch, ModelError, TooFewIngredients
 from stockpot.evaluation import accuracy
+from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.models.classifier import ModelConfig
 from stockpot.outcomes import Ingredient, ModelVersion
@@ -82,6 +83,16 @@ class Pool:
         score = {"held_out": accuracy(logits_NC, labels_N), "transform_digest": transform_digest}
         judged = replace(one, ingredient=one.ingredient.model_copy(update=score), logits=logits_NC)
         return replace(self, candidates=self.candidates | {trial: judged})
+
+    def measured(self, metric: Metric, labels_N: np.ndarray) -> "Pool":
+        """The pool with every candidate's accuracy beside what the request ranks by, from its logits."""
+        return replace(
+            self,
+            candidates={
+                trial: replace(one, ingredient=one.ingredient.model_copy(update={"held_out": accuracy(one.logits, labels_N, metric)}))
+                for trial, one in self.candidates.items()
+            },
+        )
 
 
 def gather(ingredients: list[Ingredient], init: Init, folder: Path) -> Pool:

@@ -65,6 +65,7 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | 
             kitchen.pool = pool = _trusted(pool, kitchen)
             for trial in pool.candidates if kitchen.settling else ():
                 kitchen.pool = pool = kitchen.rescored(pool, trial)
+            kitchen.pool = pool = pool.measured(kitchen.metric, kitchen.splits["held_out"].labels)
             for trial, reason in kitchen.pool.excluded.items():
                 say(f"left out {trial}: {reason}")
             return _cook(sweep, kitchen, folder, began, say)
@@ -101,6 +102,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         model=sweep.request.model,
         mlflow_run_id="",
         recipe=wanted,
+        metric=kitchen.metric,
         soup_sha256=kitchen.store(dish, folder / "soup"),
         init_digest=sweep.init.digest,
         transform_digest=kitchen.splits["held_out"].transform_digest,
@@ -179,8 +181,8 @@ def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: S
         def score(trials: Sequence[str], need: int) -> Verdict:
             found = crowd.score(trials, need)
             most = "" if found.examined == found.accuracy.seen else f"at most, after {found.examined} samples, "
-            kept = "kept" if found.accuracy.correct >= need else "left out"
-            say(f"greedy: with {trials[-1]} {found.accuracy.correct} of {found.accuracy.seen} {most}{need} needed: {kept}")
+            needed = f"{need} needed: {'kept' if found.accuracy.correct >= need else 'left out'}" if need else "looked at in full"
+            say(f"greedy: with {trials[-1]} {found.accuracy.told} {most}{needed}")
             return found
 
         return greedy(

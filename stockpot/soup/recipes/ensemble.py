@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stockpot.outcomes import Accuracy
-from stockpot.soup.recipes.examining import Verdict, right
+from stockpot.evaluation import accuracy
+from stockpot.fields import Metric
+from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import Accept, greedy, members
 
 # N samples, C classes
@@ -19,11 +20,12 @@ def ensemble(logits: Mapping[str, Tensor], trials: Sequence[str]) -> Tensor:
     return torch.stack([logits[trial].double() for trial in sorted(trials)]).mean(dim=0).float()
 
 
-def greedy_ensemble(logits: Mapping[str, Tensor], labels_N: Tensor, accept: Accept = "improve") -> tuple[str, ...]:
-    """Members chosen as greedy chooses soups, on the ensemble's held-out accuracy."""
+def greedy_ensemble(
+    logits: Mapping[str, Tensor], labels_N: Tensor, accept: Accept = "improve", metric: Metric = "accuracy"
+) -> tuple[str, ...]:
+    """Members chosen as greedy chooses soups, on the ensemble's held-out accuracy, or by another metric."""
 
     def score(trials: Sequence[str], _need: int = 0) -> Verdict:
-        correct = int(right(ensemble(logits, trials), labels_N).sum())
-        return Verdict(Accuracy(correct=correct, seen=len(labels_N)), len(labels_N))
+        return Verdict(accuracy(ensemble(logits, trials), labels_N, metric), len(labels_N))
 
     return members(greedy({trial: score([trial]).accuracy for trial in logits}, score, accept))

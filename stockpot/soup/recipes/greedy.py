@@ -1,5 +1,5 @@
 """The greedy soup (Wortsman et al. 2022, arXiv:2203.05482, recipe 1): visit ingredients from the best to the worst, keep one when the soup
-with it is better on held_out. Every decision is an integer comparison and is recorded.
+with it is better on held_out. Every decision is an integer comparison (of accuracies; another metric is compared as it is) and is recorded.
 
 Order: held-out correct answers, most first; ties by trial id, smallest first. (The reference code visits ties in reverse input order,
 and keeps on strict improvement; the paper's text allows a tie. Here strict is the default, a tie is `accept="not_worse"`.)
@@ -23,7 +23,7 @@ Question = tuple[tuple[str, ...], int]
 
 def ranked(held_out: Mapping[str, Accuracy]) -> list[str]:
     """Trial ids in the order greedy visits them."""
-    return sorted(held_out, key=lambda trial: (-held_out[trial].correct, trial))
+    return sorted(held_out, key=lambda trial: (-held_out[trial].value, trial))
 
 
 def shuffled(held_out: Mapping[str, Accuracy], seed: int) -> list[str]:
@@ -62,12 +62,12 @@ def greedy(
         left = [one for one in (order[1:] if number == 0 else order) if replacement or one not in soup]
         queue = rank(soup, left)
         while queue and (budget is None or len(steps) <= budget):
-            need = best.correct + (1 if accept == "improve" else 0)
+            need = _needed(best, accept)
             if ahead:
                 ahead([((*soup, one), need) for one in queue])
             trial, *queue = queue
             after, examined = score([*soup, trial], need)
-            kept = after.correct >= need
+            kept = after.value > best.value or (accept == "not_worse" and after.value == best.value)
             if kept:
                 soup.append(trial)
                 queue = rank(soup, [one for one in left if one in queue])
@@ -76,6 +76,11 @@ def greedy(
         if len(soup) == size:
             break
     return steps
+
+
+def _needed(best: Accuracy, accept: Accept) -> int:
+    """Correct answers without which a candidate is lost: none where another metric than accuracy decides, so that all is looked at."""
+    return 0 if best.other is not None else best.correct + (1 if accept == "improve" else 0)
 
 
 def members(steps: Sequence[GreedyStep]) -> tuple[str, ...]:

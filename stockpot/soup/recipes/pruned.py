@@ -14,6 +14,6 @@ def pruned(held_out: Mapping[str, Accuracy], score: Callable[[Sequence[str]], Ac
     best = score(soup)
     for trial in reversed(soup.copy()):
         rest = [other for other in soup if other != trial]
-        if rest and (found := score(rest)).correct >= best.correct:
+        if rest and (found := score(rest)).value >= best.value:
             soup, best = rest, found
     return tuple(soup)
