@@ -84,9 +84,9 @@ def _settings(spec: SweepSpec, index: int) -> TrialSettings:
         return TrialSettings.model_validate({**spec.settings.model_dump(), **values.known})
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadRequest(
-            f"The space drew {first['input']!r} for `{first['loc'][0]}` of trial {index}: {first['msg']}. Narrow its distribution."
-        ) from error
+        # A rule about several fields has no field to name.
+        drew = f"drew {first['input']!r} for `{first['loc'][0]}`" if first["loc"] else "does not fit together"
+        raise BadRequest(f"The space {drew} in trial {index}: {first['msg']}. Narrow its distribution.") from error
 
 
 class _Values:

@@ -53,8 +53,12 @@ def test_a_space_with_too_few_trials_is_refused():
 
 
 def test_an_impossible_draw_names_trial_and_field():
-    with pytest.raises(BadRequest, match=r"drew -1.* for `epochs` of trial 0"):
+    with pytest.raises(BadRequest, match=r"drew -1.* for `epochs` in trial 0"):
         draw(SweepSpec(trials=1, space={"epochs": {"choice": [-1]}}))
+    with pytest.raises(BadRequest, match=r"drew 'adamv' for `optimiser` in trial 0: Input should be 'adamw'"):
+        draw(SweepSpec(trials=1, space={"optimiser": {"choice": ["adamv"]}}))
+    with pytest.raises(BadRequest, match=r"does not fit together in trial 0: .*ema_decays \[0.9, 0.9\] has a decay twice"):
+        draw(SweepSpec(trials=1, space={"ema_decays": {"choice": [[0.9, 0.9]]}}))
 
 
 def test_trial_ids_depend_on_content_only():

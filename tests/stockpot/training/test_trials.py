@@ -15,8 +15,9 @@ import pytest
 
 from stockpot.checkpoints import load_weights
 from stockpot.config import Trial
+from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.digests import file_digest, short
-from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, TrialFailed
+from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, SnapshotBroken, TrialFailed
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.settings import TrialSettings
@@ -24,7 +25,7 @@ from stockpot.sweeps import UNTRAINED
 from stockpot.training.attempts import Attempt
 from stockpot.training.trials import run_trial
 from tests.mlflow_server import free_port, mlflow_server
-from tests.tiny_sweep import tiny_sweep
+from tests.tiny_sweep import png, tiny_sweep
 
 SETTINGS = TrialSettings(
     epochs=40, batch_size=20, learning_rate=1e-3, mixup=0.2, ema_decays=(0.9, 0.99), evaluate_every_steps=7, warmup_steps=5
@@ -94,14 +95,23 @@ def test_a_later_attempt_fences_off_the_earlier(ground, ledger, tmp_path):
     assert late.resume() is None
 
 
-def test_a_state_of_another_snapshot_is_refused(ground, ledger, tmp_path):
+@pytest.mark.parametrize("part", ["snapshot", "init"])
+def test_a_state_of_another_snapshot_or_init_is_refused(ground, ledger, tmp_path, part):
     import torch
 
     trial = trial_of(ground, "stranger-state", tmp_path)
     Attempt(trial).save(3, {"step": torch.tensor(3)})
-    other = trial.model_copy(update={"snapshot": trial.snapshot.model_copy(update={"digest": "f" * 64})})
-    with pytest.raises(BadRequest, match="was made with snapshot"):
+    other = trial.model_copy(update={part: getattr(trial, part).model_copy(update={"digest": "f" * 64})})
+    with pytest.raises(BadRequest, match=f"was made with {part} .* the trial has ffffffffffff"):
         Attempt(other).resume()
+
+
+def test_a_snapshot_of_other_classes_is_refused(ground, ledger, tmp_path):
+    given = GivenSamples([Sample("a", png(0, 0), 0), Sample("b", png(1, 1), 1)])
+    two = publish(f"{tmp_path}/two", "two", ("red", "green"), given, splits="train")
+    trial = trial_of(ground, "two-classes", tmp_path, snapshot=two)
+    with pytest.raises(SnapshotBroken, match=r"has 2 classes \(red, green\), the model has 3 \(red, green, blue\)"):
+        run_trial(trial, say=lambda _line: None)
 
 
 def test_the_init_is_an_ingredient_that_is_never_trained(ground, ledger, tmp_path):
