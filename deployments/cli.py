@@ -171,16 +171,16 @@ def status(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="`digits` (its champion), `digits@challenger` or `digits/3`.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False, readable=True)],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or token ids (`.npy`).", exists=True, dir_okay=False, readable=True)],
     top_k: Annotated[int, typer.Option(min=1, help="How many of the likeliest classes are told.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images with a registered version, as a service would."""
+    """Classify images, or texts as token ids, with a registered version, as a service would."""
     from deployments.predicting import predict_files
 
     rows = predict_files(model, images, top_k)
     told = [", ".join(f"{one['label']} ({one['probability']:.3f})" for one in row["top"]) for row in rows]
-    _tell(rows, "\n".join(f"{row['image']}: {answer}" for row, answer in zip(rows, told, strict=True)), as_json)
+    _tell(rows, "\n".join(f"{next(iter(row.values()))}: {answer}" for row, answer in zip(rows, told, strict=True)), as_json)
 
 
 def _tell(document: Any, text: str, as_json: bool) -> None:

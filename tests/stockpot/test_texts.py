@@ -12,6 +12,7 @@ import transformers
 from pydantic import ValidationError
 from safetensors import safe_open
 
+from deployments.predicting import predict_files
 from stockpot.config import DataSpec, GateSpec, InitSpec, PinnedData, RetrainRequest, SweepSpec, Tokens
 from stockpot.data import tokens
 from stockpot.data.examination import ProblemsFound
@@ -79,6 +80,12 @@ def test_texts_become_a_champion_that_reads_tokens(ledger: str, tmp_path: Path) 
     answers = served.predict([{"tokens": one} for one in bare], params={"top_k": 3})
     assert [answer["label"] for answer in answers] == [TOPICS[place] for place in told.argmax(1).tolist()]
     assert [answer["probability"] for answer in answers] == pytest.approx(told.softmax(1).amax(1).tolist(), abs=1e-5)
+    (tmp_path / "text.npy").write_bytes(npy(bare[0], "int64"))
+    (row,) = predict_files(request.model, [tmp_path / "text.npy"])
+    assert (row["text"], row["label"]) == (f"{tmp_path}/text.npy", answers[0]["label"])
+    (tmp_path / "text.npy").write_bytes(picture(0))
+    with pytest.raises(BadRequest, match=r"text.npy is no readable array of tokens .*; the model takes token ids"):
+        predict_files(request.model, [tmp_path / "text.npy"])
     assert "timm" not in (folder.parents[1] / "requirements.txt").read_text()
 
 
