@@ -204,7 +204,8 @@ class SoupSpec(Closed):
     metric: Metric = Field(
         "accuracy",
         description="What greedy and pruned rank and decide by, and the gate compares. macro_f1 (mean F1 over classes) and mcc (Matthews "
-        "correlation) suit uneven classes; every candidate is then scored in full, for only accuracy can be lost early.",
+        "correlation) suit uneven classes; every candidate is then scored in full, for only accuracy can be lost early. A trial's own best "
+        "step stays the one with most right answers.",
     )
     accept: Literal["improve", "not_worse"] = Field(
         "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."

@@ -71,6 +71,7 @@ def load(base: BaseSpec, arch: dict[str, Any]) -> tuple[dict[str, Tensor], None]
         load_state(body.encoder, _of_encoder(fetch_state(base.weights), body.encoder))
     elif base.weights is not None:
         body.encoder = _from_hub(base, "AutoModelForTextEncoding", use_safetensors=True, dtype=torch.float32)
+    _require_length(body, base)
     return body.state_dict(), None
 
 
@@ -121,6 +122,17 @@ def _of_encoder(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tenso
         if key not in found and (tensor.data_ptr() in given or key.startswith("pooler.")):
             found[key] = given.get(tensor.data_ptr(), tensor)
     return found
+
+
+@torch.inference_mode()
+def _require_length(body: Encoder, base: BaseSpec) -> None:
+    """Raises `ModelError` for a text of `max_tokens` that has no positions: some count theirs from behind the padding's id (RoBERTa)."""
+    try:
+        body.eval()(torch.full((1, base.max_tokens), body.padding + 1))
+    except (IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"`{base.arch}` cannot read {base.max_tokens} tokens ({str(error).splitlines()[0]}); write a smaller `max_tokens`."
+        ) from error
 
 
 def _padding(config: Any) -> int:

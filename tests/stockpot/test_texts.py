@@ -38,6 +38,7 @@ from stockpot.soup.souping import cook
 from stockpot.sweeps import plan
 from stockpot.training.course import fine_tune
 from stockpot.training.inits import load, prepare
+from stockpot.training.optimisation import rate_scales
 from stockpot.training.rehearsal import rehearse
 from stockpot.training.trials import run_trial
 from tests.tiny_data import picture
@@ -101,6 +102,21 @@ def test_the_answer_is_transformers_own_on_the_bare_tokens(config: dict, tmp_pat
             wanted = told.pooler_output if config is BERT else told.last_hidden_state.mean(dim=1)
             filled = tokens.fit(bare[0].numpy().astype(np.int32), base.preprocess)[None]
             assert torch.allclose(model.features(filled), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "embedding", "block"),
+    [
+        (BERT, "embeddings.word_embeddings.weight", "encoder.layer.{}.attention.self.query.weight"),
+        (T5, "shared.weight", "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+    ],
+    ids=["bert", "t5"],
+)
+def test_rates_fall_from_the_head_to_the_embeddings(config: dict, embedding: str, block: str, tmp_path: Path) -> None:
+    model = build(load_base(encoder(tmp_path, config)).config(TOPICS))
+    scales = rate_scales([name for name, _ in model.named_parameters()], 0.5)
+    names = ["head.weight", *(f"body.encoder.{block.format(number)}" for number in (1, 0)), f"body.encoder.{embedding}"]
+    assert [scales[name] for name in names] == [1.0, 0.5, 0.25, 0.125]
 
 
 def test_batches_are_the_same_from_the_cache_and_from_storage(node: Path, tmp_path: Path) -> None:
@@ -230,6 +246,8 @@ def test_what_cannot_work_is_told_before_a_gpu_is_taken(node: Path, tmp_path: Pa
         load_base(encoder(tmp_path, {**BERT, "hidden_size": "wide"}))
     with pytest.raises(ModelError, match="reads at most 16 tokens, `max_tokens` is 17; write `max_tokens: 16`"):
         load_base(encoder(tmp_path, BERT, max_tokens=17))
+    with pytest.raises(ModelError, match=r"cannot read 16 tokens \(.*out of bounds.*\); write a smaller `max_tokens`"):
+        load_base(encoder(tmp_path, {**BERT, "model_type": "roberta", "pad_token_id": 1}, max_tokens=16))
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ModelError, match="is no config of transformers"):
         load_base(encoder(tmp_path, BERT).model_copy(update={"arch": f"transformers:{tmp_path}/list.json"}))
