@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -34,6 +36,13 @@ MAX_PIXELS = 64 * 10**6
 BATCH = 256
 
 # B images, S side in pixels, C classes
+
+
+class Refused(MlflowException, ValueError):  # type: ignore[misc]  # mlflow is untyped
+    """Something that cannot be answered. A plain ValueError would reach an HTTP client as a stack trace; this one as its sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, error_code=INVALID_PARAMETER_VALUE)
 
 
 class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
@@ -62,7 +71,7 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
         given = params or {}
         values, top_k, classes, head = column(model_input), given.get("top_k", 1), self.classes, self.model.head
         if top_k < 1:
-            raise ValueError(f"found top_k {top_k}; needed: 1 or more")
+            raise Refused(f"found top_k {top_k}; needed: 1 or more")
         if labels := list(given.get("labels", ())):
             classes, head = labels, self.head_for(labels, list(given.get("templates", ["a photo of a {}."])))
         answers = []
@@ -85,9 +94,9 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
     def head_for(self, labels: list[str], templates: list[str]) -> nn.Linear:
         """A zero-shot head over these labels. Raises ValueError where the text tower was dropped or a template has no `{}`."""
         if self.model.text is None:
-            raise ValueError("this version has no text tower, so it knows its own classes only; retrain with `text_tower: keep`")
+            raise Refused("this version has no text tower, so it knows its own classes only; retrain with `text_tower: keep`")
         if not templates or not all("{}" in template for template in templates):
-            raise ValueError("every template needs `{}` for the label, as in 'a photo of a {}.'")
+            raise Refused("every template needs `{}` for the label, as in 'a photo of a {}.'")
         weight_CD = self.model.text.zero_shot_head(labels, templates, self.device)
         head = nn.Linear(weight_CD.shape[1], len(labels), bias=False, device=self.device)
         head.weight.copy_(weight_CD)
@@ -219,7 +228,7 @@ def column(model_input: Any) -> list[Any]:
     """The `image` column of a DataFrame, or of a list of dictionaries."""
     rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else model_input
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and set(row) == {"image"} for row in rows):
-        raise ValueError("needed: at least one row with one column `image` holding an encoded image (bytes, or base64 text)")
+        raise Refused("needed: at least one row with one column `image` holding an encoded image (bytes, or base64 text)")
     return [row["image"] for row in rows]
 
 
@@ -227,23 +236,23 @@ def image(value: Any, row: int) -> Tensor:
     """Encoded bytes, or base64 of them, to uint8 RGB (3, H, W). Raises ValueError naming the row and what was found."""
     if isinstance(value, str):
         if len(value) > MAX_BYTES * 4 // 3 + 4:
-            raise ValueError(f"row {row}: found {len(value):,} characters of base64; needed: an image file of 1 to {MAX_BYTES:,} bytes")
+            raise Refused(f"row {row}: found {len(value):,} characters of base64; needed: an image file of 1 to {MAX_BYTES:,} bytes")
         try:
             value = base64.b64decode(value, validate=True)
         except binascii.Error as error:
-            raise ValueError(f"row {row}: the text is not base64 ({error}); needed: base64 of a PNG, JPEG or other image file") from error
+            raise Refused(f"row {row}: the text is not base64 ({error}); needed: base64 of a PNG, JPEG or other image file") from error
     if not isinstance(value, bytes):
-        raise ValueError(f"row {row}: found {type(value).__name__}; needed: the bytes of a PNG, JPEG or other image file, or their base64")
+        raise Refused(f"row {row}: found {type(value).__name__}; needed: the bytes of a PNG, JPEG or other image file, or their base64")
     if not 0 < len(value) <= MAX_BYTES:
-        raise ValueError(f"row {row}: found {len(value):,} bytes; needed: an image file of 1 to {MAX_BYTES:,} bytes")
+        raise Refused(f"row {row}: found {len(value):,} bytes; needed: an image file of 1 to {MAX_BYTES:,} bytes")
     try:
         with Image.open(io.BytesIO(value)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are taken")
+                raise Refused(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,} are taken")
             return _decode(value, picture)
     except (RuntimeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"row {row}: not a readable image ({reason})") from error
+        raise Refused(f"row {row}: not a readable image ({reason})") from error
 
 
 def _decode(data: bytes, picture: Image.Image) -> Tensor:

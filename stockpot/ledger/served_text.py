@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,6 +22,13 @@ from torch import Tensor, nn
 BATCH = 256
 
 # B texts, L tokens, C classes
+
+
+class Refused(MlflowException, ValueError):  # type: ignore[misc]  # mlflow is untyped
+    """Something that cannot be answered. A plain ValueError would reach an HTTP client as a stack trace; this one as its sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, error_code=INVALID_PARAMETER_VALUE)
 
 
 class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
@@ -46,7 +55,7 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
         """
         rows, top_k = column(model_input), (params or {}).get("top_k", 1)
         if top_k < 1:
-            raise ValueError(f"found top_k {top_k}; needed: 1 or more")
+            raise Refused(f"found top_k {top_k}; needed: 1 or more")
         inputs, answers = [fitted(value, row, self.tokens) for row, value in enumerate(rows)], []
         for start in range(0, len(inputs), BATCH):
             likely = self.logits(torch.stack(inputs[start : start + BATCH])).softmax(dim=1).topk(min(top_k, len(self.classes)), dim=1)
@@ -120,7 +129,7 @@ def column(model_input: Any) -> list[Any]:
     """The `tokens` column of a DataFrame, or of a list of dictionaries."""
     rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else model_input
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and set(row) == {"tokens"} for row in rows):
-        raise ValueError("needed: at least one row with one column `tokens` holding a list of token ids")
+        raise Refused("needed: at least one row with one column `tokens` holding a list of token ids")
     return [row["tokens"] for row in rows]
 
 
@@ -128,12 +137,12 @@ def fitted(value: Any, row: int, tokens: dict[str, int]) -> Tensor:
     """Token ids to int32 (L,), cut or filled up. Raises ValueError naming the row and what was found."""
     ids = np.asarray(value) if isinstance(value, list | tuple | np.ndarray) else np.empty(0)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-        raise ValueError(f"row {row}: found {str(value)[:40]}; needed: a list of token ids, at least one")
+        raise Refused(f"row {row}: found {str(value)[:40]}; needed: a list of token ids, at least one")
     kept = ids[: tokens["length"]]
     if kept.min() < 0 or kept.max() >= tokens["vocabulary"]:
-        raise ValueError(f"row {row}: found tokens {kept.min()} to {kept.max()}; needed: 0 to {tokens['vocabulary'] - 1}")
+        raise Refused(f"row {row}: found tokens {kept.min()} to {kept.max()}; needed: 0 to {tokens['vocabulary'] - 1}")
     if (kept == tokens["padding"]).all():
-        raise ValueError(f"row {row}: found nothing but padding (token {tokens['padding']}); needed: a text")
+        raise Refused(f"row {row}: found nothing but padding (token {tokens['padding']}); needed: a text")
     filled = np.full(tokens["length"], tokens["padding"], np.int32)
     filled[: len(kept)] = kept
     return torch.from_numpy(filled)

@@ -117,6 +117,7 @@ def test_it_answers_over_http_and_refuses_nonsense(served: tuple[str, str]) -> N
     ):
         status, text = ask(address, nonsense)
         assert status == 400, (nonsense, status, text)
+        assert "Traceback" not in text, "the sentence, and nothing of the server"
 
 
 def test_two_versions_in_one_process_each_run_their_own_code_and_weights(
