@@ -322,8 +322,8 @@ class StopSpec(Closed):
     below: float = Field(
         gt=0,
         lt=1,
-        description="Held-out accuracy, as a fraction, that one more trial must be expected to add for the sweep to go on: 0.0005 is 0.05 "
-        "points. One held-out sample's worth or less is noise.",
+        description="What one more trial must be expected to add for the sweep to go on: held-out accuracy (or the soup's other metric) as "
+        "a fraction, 0.0005 is 0.05 points. One held-out sample's worth or less is noise.",
     )
     after: int = Field(
         8, ge=2, le=1000, description="Finished trials before the question is asked. 8 are three doublings; fewer tell little."

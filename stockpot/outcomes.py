@@ -175,8 +175,8 @@ class Enough(Closed):
     def reason(self) -> str:
         """One sentence."""
         return (
-            f"After {self.curve[-1].trials} finished trials one more is expected to add {100 * self.expected_gain:.3f} points of held-out "
-            f"accuracy; the request stops below {100 * self.rule.below:g}."
+            f"After {self.curve[-1].trials} finished trials one more is expected to add {100 * self.expected_gain:.3f} points on "
+            f"held_out; the request stops below {100 * self.rule.below:g}."
         )
 
 

@@ -28,7 +28,7 @@ class Refused(MlflowException, ValueError):  # type: ignore[misc]  # mlflow is u
     """Something that cannot be answered. A plain ValueError would reach an HTTP client as a stack trace; this one as its sentence."""
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(sentence, error_code=INVALID_PARAMETER_VALUE)
+        MlflowException.__init__(self, sentence, error_code=INVALID_PARAMETER_VALUE)
 
 
 class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped

@@ -13,16 +13,18 @@ options of greedy.
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
 from stockpot.checkpoints import load_weights
 from stockpot.config import StopSpec, Sweep
 from stockpot.errors import IngredientMismatch
+from stockpot.evaluation import accuracy
+from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.outcomes import Accuracy, Enough, Ingredient
 from stockpot.soup import marginal
-from stockpot.soup.recipes.examining import right
 from stockpot.soup.recipes.greedy import Accept, ranked
 
 # N samples of held_out, C classes
@@ -49,21 +51,24 @@ def judge(sweep: Sweep, rule: StopSpec, folder: Path) -> Enough | None:
             labels_N = stored["labels"]
     if labels_N is None:
         return None
-    soups = ensembles(list(trials.values()), labels_N, sweep.request.soup.accept)
+    soups = ensembles(list(trials.values()), labels_N, sweep.request.soup.accept, sweep.request.soup.metric)
     points = marginal.curve(soups, [sum(seconds.values()) / len(seconds)] * len(seconds))  # a choice of trials costs the mean of all
     return marginal.enough(points, rule)
 
 
-def ensembles(trials: Sequence[Logits], labels_N: Tensor, accept: Accept = "improve") -> list[tuple[int, Accuracy]]:
-    """(number of trials, the mean accuracy of the greedy ensemble of so many) at the sizes of `marginal`: counts are sums over choices.
+def ensembles(
+    trials: Sequence[Logits], labels_N: Tensor, accept: Accept = "improve", metric: Metric = "accuracy"
+) -> list[tuple[int, Accuracy]]:
+    """(number of trials, the mean accuracy of the greedy ensemble of so many) at the sizes of `marginal`: counts are sums over choices,
+    another metric is their mean.
 
     trials: each with all the ingredients it left.
     """
-    own = {name: _accuracy(logits_NC, labels_N) for one in trials for name, logits_NC in one.items()}
+    own = {name: accuracy(logits_NC, labels_N, metric) for one in trials for name, logits_NC in one.items()}
     points = []
     for count in marginal.sizes(len(trials)):
-        found = [_greedy([trials[place] for place in some], own, labels_N, accept) for some in _choices(len(trials), count)]
-        points.append((count, Accuracy(correct=sum(one.correct for one in found), seen=sum(one.seen for one in found))))
+        found = [_greedy([trials[place] for place in some], own, labels_N, accept, metric) for some in _choices(len(trials), count)]
+        points.append((count, _mean(found)))
     return points
 
 
@@ -73,21 +78,22 @@ def _choices(trials: int, count: int) -> list[list[int]]:
     return [random.Random(f"stockpot/sufficiency/{number}").sample(range(trials), count) for number in range(CHOICES)]
 
 
-def _greedy(trials: Sequence[Logits], own: Mapping[str, Accuracy], labels_N: Tensor, accept: Accept) -> Accuracy:
+def _mean(found: Sequence[Accuracy]) -> Accuracy:
+    others = [one.other for one in found if one.other is not None]
+    return Accuracy(correct=sum(one.correct for one in found), seen=sum(one.seen for one in found), other=fmean(others) if others else None)
+
+
+def _greedy(trials: Sequence[Logits], own: Mapping[str, Accuracy], labels_N: Tensor, accept: Accept, metric: Metric) -> Accuracy:
     """The accuracy of the ensemble that greedy chooses in one pass; a sum of logits has the answers of their mean."""
     logits = {name: logits_NC for one in trials for name, logits_NC in one.items()}
     first, *others = ranked({name: own[name] for name in logits})
     sum_NC, best = logits[first], own[first]
     for name in others:
         tried_NC = sum_NC + logits[name]
-        after = _accuracy(tried_NC, labels_N)
-        if after.correct >= best.correct + (accept == "improve"):
+        after = accuracy(tried_NC, labels_N, metric)
+        if after.value > best.value or (accept == "not_worse" and after.value == best.value):
             sum_NC, best = tried_NC, after
     return best
-
-
-def _accuracy(logits_NC: Tensor, labels_N: Tensor) -> Accuracy:
-    return Accuracy(correct=int(right(logits_NC, labels_N).sum()), seen=len(labels_N))
 
 
 def _stored(ingredient: Ingredient, folder: Path) -> dict[str, Tensor]:

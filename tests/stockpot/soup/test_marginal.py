@@ -42,9 +42,7 @@ def test_a_flat_sweep_stops_and_a_rising_one_does_not() -> None:
     rule = StopSpec(below=0.001, after=4)
     flat = enough(points(800, 850, 851, 851), rule)
     assert flat is not None
-    assert flat.reason == (
-        "After 8 finished trials one more is expected to add 0.008 points of held-out accuracy; the request stops below 0.1."
-    )
+    assert flat.reason == ("After 8 finished trials one more is expected to add 0.008 points on held_out; the request stops below 0.1.")
     assert enough(points(800, 820, 840, 860), rule) is None
     assert enough(points(800, 800), rule) is None, "too few finished to ask"
     assert enough(points(800), StopSpec(below=0.001, after=2)) is None

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stockpot.config import StopSpec, Sweep
+from stockpot.evaluation import accuracy
+from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.soup import sufficiency
 from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
-from stockpot.soup.recipes.examining import right
 from stockpot.soup.sufficiency import ensembles, judge
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
@@ -33,27 +34,27 @@ def told(seed: int, trials: int, averages: int = 0) -> tuple[list[dict[str, Tens
     return made, labels
 
 
-def naive(trials: list[dict[str, Tensor]], labels: Tensor) -> int:
-    """Right answers of the greedy ensemble, by the comparison's own recipe in float64."""
+def naive(trials: list[dict[str, Tensor]], labels: Tensor, metric: Metric) -> float:
+    """What the greedy ensemble scores, by the comparison's own recipe in float64."""
     logits = {name: one for trial in trials for name, one in trial.items()}
-    return int(right(ensemble(logits, greedy_ensemble(logits, labels)), labels).sum())
+    return accuracy(ensemble(logits, greedy_ensemble(logits, labels, metric=metric)), labels, metric).value
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), trials=st.integers(1, 9), averages=st.integers(0, 2))
-def test_every_point_is_the_greedy_ensembles_mean_over_choices(seed: int, trials: int, averages: int) -> None:
+@given(seed=st.integers(0, 10**6), trials=st.integers(1, 9), averages=st.integers(0, 2), metric=st.sampled_from(["accuracy", "macro_f1"]))
+def test_every_point_is_the_greedy_ensembles_mean_over_choices(seed: int, trials: int, averages: int, metric: Metric) -> None:
     made, labels = told(seed, trials, averages)
-    found = ensembles(made, labels)
+    found = ensembles(made, labels, metric=metric)
     assert [count for count, _ in found] == sufficiency.marginal.sizes(trials)
-    for count, accuracy in found:
-        picked = [naive([made[place] for place in some], labels) for some in sufficiency._choices(trials, count)]
-        assert accuracy.value == pytest.approx(mean(picked) / 40)
+    for count, mean_score in found:
+        picked = [naive([made[place] for place in some], labels, metric) for some in sufficiency._choices(trials, count)]
+        assert mean_score.value == pytest.approx(mean(picked))
 
 
 def test_the_same_model_again_and_again_is_worth_nothing_more() -> None:
     made, labels = told(1, 1)
     again = [{f"{number}": made[0]["0-0"]} for number in range(8)]
-    assert len({accuracy.value for _, accuracy in ensembles(again, labels)}) == 1
+    assert len({score.value for _, score in ensembles(again, labels)}) == 1
 
 
 def test_a_sweep_is_judged_from_stored_logits_fetched_once(ground: Ground, ledger: str, tmp_path: Path) -> None:
@@ -74,7 +75,8 @@ def test_a_sweep_is_judged_from_stored_logits_fetched_once(ground: Ground, ledge
     tracking.record_enough(sweep.id, found)
     assert tracking.read_enough(asking(sweep, found.rule)) == found
     assert tracking.read_enough(asking(sweep, StopSpec(below=0.8, after=2))) is None, "another rule asks again"
-    assert found.reason in client().get_run(tracking.open_sweep(sweep)).data.tags["mlflow.note.content"]
+    run = tracking.open_sweep(asking(sweep, found.rule))
+    assert client().get_run(run).data.tags["mlflow.note.content"] == found.reason
 
     (folder / made[1].model_id / "held_out.safetensors").write_bytes(b"changed")
     less = judge(sweep, found.rule, folder)
