@@ -15,10 +15,10 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
-from stockpot.config import Preprocess
 from stockpot.data.images import decode, eval_transform
 from stockpot.data.shards import TrainReader
 from stockpot.data.snapshots import Snapshot
+from stockpot.preparation import Preprocess
 
 WORKERS, BATCH = 2, 64
 PREPROCESS = Preprocess(size=224, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))

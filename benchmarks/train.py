@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stockpot.config import Preprocess
 from stockpot.evaluation import accuracy, logits
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.outcomes import Accuracy
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.training.trainer import train
 

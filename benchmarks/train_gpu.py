@@ -22,12 +22,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._photos import CLASSES, photos
-from stockpot.config import Preprocess
 from stockpot.data.publishing import GivenSamples, publish
 from stockpot.data.shards import TrainReader
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import normalise
 from stockpot.models.classifier import ModelConfig, build
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.training.augmentation import augmentation
 from stockpot.training.trainer import train

@@ -7,6 +7,6 @@ soup        which ingredients may be averaged, the recipes, the comparison, the 
 training    the shared init and one trial, from its first step to its ingredient
 data        snapshots: published, verified, cached, read exactly
 
-doors       storage, s3 and s3_bodies (bytes by address), models (open_clip, timm), checkpoints (safetensors), evaluation, ledger (MLflow)
-nouns       config (the request), settings (of a trial), spaces, fields, sweeps, outcomes, devices, digests, errors: pydantic only
+doors       storage, s3 and s3_bodies (bytes by address), models (architectures), checkpoints (safetensors), evaluation, ledger (MLflow)
+nouns       config (the request), settings (a trial), preparation, spaces, fields, sweeps, outcomes, devices, digests, errors: pydantic only
 """

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from stockpot.digests import short
 from stockpot.fields import NAME, Closed, Fraction, Metric, Uri
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.spaces import Distribution, deciding
 
@@ -37,56 +38,6 @@ class DataSpec(Closed):
         "auto: cached where the snapshot fits. The samples and their order are the same.",
     )
 
-
-class Preprocess(Closed):
-    """How an image becomes a model's input. Evaluation: decode to RGB, resize on uint8 with antialiasing, centre crop; then
-    (x / 255 - mean) / std on the device. Its digest stands beside every accuracy."""
-
-    size: int = Field(ge=1, le=4096, description="Side of the square input, in pixels.")
-    mean: tuple[float, float, float] = Field(description="Subtracted from red, green and blue, which are between 0 and 1.")
-    std: tuple[float, float, float] = Field(description="What the difference is divided by, for red, green and blue.")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="How pixels are blended on resizing; most models' own.")
-    resize_mode: Literal["shortest", "squash"] = Field(
-        "shortest", description="Shorter side, or both sides, to `size / crop_fraction`; then the centre `size` by `size` is kept."
-    )
-    crop_fraction: float = Field(1.0, gt=0, le=1, description="Side of the centre crop as a share of the resized side.")
-
-    @property
-    def resized(self) -> int:
-        """The side, in pixels, that images are resized to before the crop."""
-        return round(self.size / self.crop_fraction)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one input, before its batch."""
-        return (3, self.size, self.size)
-
-    @property
-    def dtype(self) -> str:
-        """Of the input as it is stored and travels; the device makes floats of it."""
-        return "uint8"
-
-
-class Tokens(Closed):
-    """How a text becomes a model's input: the ids a tokeniser made of it, cut at their end or filled up to one length."""
-
-    length: int = Field(ge=1, description="Tokens of every input.")
-    vocabulary: int = Field(ge=1, description="How many tokens there are; a sample with an id from here on is unreadable.")
-    padding: int = Field(ge=0, description="The id that fills up, and that no model attends to.")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one input, before its batch."""
-        return (self.length,)
-
-    @property
-    def dtype(self) -> str:
-        """Of the input as it is stored and travels."""
-        return "int32"
-
-
-Preparation = Preprocess | Tokens
-"""How a sample becomes a model's input: what tells images from texts, everywhere."""
 
 TEXT_PREFIX = "transformers:"
 """How the architecture of a text encoder begins."""

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stockpot.config import Preparation, Tokens
 from stockpot.fields import Metric
 from stockpot.outcomes import Accuracy
+from stockpot.preparation import Preparation, Tokens
 
 
 class Ranks(NamedTuple):

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from stockpot.config import PinnedSnapshot, Preprocess
+from stockpot.config import PinnedSnapshot
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.splits import SplitSpec
+from stockpot.preparation import Preprocess
 
 CLASSES = ("ant", "bee", "cat")
 PREPROCESS = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", resize_mode="squash")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stockpot.checkpoints import save_weights
-from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, Preprocess, RetrainRequest, SoupSpec, Sweep, SweepSpec
+from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, SoupSpec, Sweep, SweepSpec
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
@@ -25,6 +25,7 @@ from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.sweeps import plan
 from stockpot.training.inits import linear_probe

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from stockpot.config import Preprocess
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.splits import SplitSpec
+from stockpot.preparation import Preprocess
 from stockpot.storage import join
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -21,11 +21,12 @@ from torch.nn import functional
 from deployments.demo import augment
 from stockpot import storage
 from stockpot.checkpoints import save_weights
-from stockpot.config import PinnedSnapshot, Preprocess
+from stockpot.config import PinnedSnapshot
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot, pin
 from stockpot.digests import digest
 from stockpot.evaluation import normalise
+from stockpot.preparation import Preprocess
 from stockpot.training.optimisation import parameter_groups
 
 STEPS, BATCH, WARMUP_STEPS, LEARNING_RATE, WEIGHT_DECAY = 200, 128, 40, 2e-3, 0.1

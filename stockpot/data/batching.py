@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stockpot.config import Preparation
 from stockpot.data.epochs import derive
 from stockpot.data.images import Undecodable
 from stockpot.data.preparing import Augment, as_evaluated, decoded
 from stockpot.data.snapshots import Snapshot
+from stockpot.preparation import Preparation
 
 # B samples of a batch, S side in pixels, L tokens
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from stockpot.config import Preprocess
+from stockpot.preparation import Preprocess
 
 
 class Undecodable(ValueError):

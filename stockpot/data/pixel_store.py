@@ -16,13 +16,13 @@ import PIL
 import torchvision
 from numpy.typing import NDArray
 
-from stockpot.config import Preparation
 from stockpot.data.images import Undecodable
 from stockpot.data.node_cache import NodeCache, locked, written
 from stockpot.data.preparing import prepare, transform_digest
 from stockpot.data.snapshots import Snapshot
 from stockpot.digests import short
 from stockpot.errors import SkipBudgetExceeded, SnapshotBroken
+from stockpot.preparation import Preparation
 
 # N samples of the split, S side in pixels, L tokens
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stockpot.config import Preparation, Tokens
 from stockpot.data import images, tokens
 from stockpot.digests import short
+from stockpot.preparation import Preparation, Tokens
 
 DECODING = 1
 """Number of the rules in `images` and `tokens`; part of every transform digest."""

@@ -17,7 +17,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from stockpot.config import Preparation
 from stockpot.data.batching import Made, Maker, Wanted
 from stockpot.data.epochs import EpochPlan
 from stockpot.data.images import decode, eval_transform
@@ -28,6 +27,7 @@ from stockpot.data.snapshots import Snapshot
 from stockpot.data.stopping import until_failure
 from stockpot.data.streaming import StreamedBytes
 from stockpot.errors import SkipBudgetExceeded
+from stockpot.preparation import Preparation
 
 __all__ = ["Augment", "Batch", "Pixels", "TrainReader", "decode", "eval_transform", "pixels", "transform_digest"]
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stockpot.config import Tokens
 from stockpot.data.images import Undecodable
+from stockpot.preparation import Tokens
 
 MAGIC = b"\x93NUMPY"
 """How an array begins, and no image does."""

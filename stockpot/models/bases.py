@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stockpot.config import TEXT_PREFIX, BaseSpec, Preparation, Tokens
+from stockpot.config import TEXT_PREFIX, BaseSpec
 from stockpot.errors import ModelError
 from stockpot.models import clip, encoders, imported, timm_towers
 from stockpot.models.classifier import Kind, ModelConfig
 from stockpot.models.clip import TextTower
 from stockpot.models.naming import is_uri
+from stockpot.preparation import Preparation, Tokens
 
 DOORS: dict[Kind, Any] = {"open_clip": clip, "timm": timm_towers, "transformers": encoders, "imported": imported}
 """Each has `describe`, a base to its arch and preparation, and `load`, these to the tower's weights and a text tower or None."""

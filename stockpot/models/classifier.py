@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stockpot.config import Preparation
 from stockpot.errors import ModelError
 from stockpot.fields import Closed
 from stockpot.models import clip, encoders, imported, timm_towers
 from stockpot.models.clip import TextTower
 from stockpot.models.loading import load_state
+from stockpot.preparation import Preparation
 
 Kind = Literal["open_clip", "timm", "transformers", "imported"]
 

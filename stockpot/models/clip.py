@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stockpot import storage
-from stockpot.config import BaseSpec, Preprocess
+from stockpot.config import BaseSpec
 from stockpot.errors import ModelError
 from stockpot.models.loading import fetch_state, load_state
 from stockpot.models.naming import is_uri, nearest
+from stockpot.preparation import Preprocess
 
 
 class TextTower(nn.Module):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from stockpot import storage
-from stockpot.config import TEXT_PREFIX, BaseSpec, Tokens
+from stockpot.config import TEXT_PREFIX, BaseSpec
 from stockpot.errors import ModelError
 from stockpot.models.loading import fetch_state, load_state
 from stockpot.models.naming import is_uri, nearest
+from stockpot.preparation import Tokens
 
 RENAMED = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 """Names in weights that were once TensorFlow's, as they are called now."""

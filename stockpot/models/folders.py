@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import Preparation, Tokens
 from stockpot.digests import canonical
 from stockpot.errors import ModelError
 from stockpot.fields import Closed
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
+from stockpot.preparation import Preparation, Tokens
 
 FILES = ("model.safetensors", "model.json", "fingerprint.json")
 PROBES = 2

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stockpot.config import BaseSpec, Preprocess
+from stockpot.config import BaseSpec
 from stockpot.errors import ModelError
 from stockpot.models.loading import fetch_state, load_state
+from stockpot.preparation import Preprocess
 
 
 def tower(arch: dict[str, Any]) -> tuple[nn.Module, int]:

@@ -11,10 +11,11 @@ import timm
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from stockpot.config import BaseSpec, Preprocess
+from stockpot.config import BaseSpec
 from stockpot.errors import ModelError
 from stockpot.models.loading import fetch_state, load_state
 from stockpot.models.naming import is_uri, nearest
+from stockpot.preparation import Preprocess
 
 PREFIX = "timm:"
 

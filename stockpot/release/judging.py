@@ -12,11 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stockpot.config import GateSpec, Preparation
+from stockpot.config import GateSpec
 from stockpot.digests import digest
 from stockpot.errors import RegistryError
 from stockpot.fields import Closed
 from stockpot.outcomes import Accuracy, GateDecision, Paired
+from stockpot.preparation import Preparation
 from stockpot.soup.statistics import bootstrap, mcnemar
 
 Side = Literal["champion", "challenger"]

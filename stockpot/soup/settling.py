@@ -10,11 +10,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from stockpot.config import Preparation, Sweep
+from stockpot.config import Sweep
 from stockpot.data.shards import TrainReader
 from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import normalise
 from stockpot.models.classifier import Classifier
+from stockpot.preparation import Preparation
 from stockpot.soup.recipes.batch_norm import reestimate
 
 BATCH = 64

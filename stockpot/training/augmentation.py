@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as images
 from torchvision.transforms.v2.functional import InterpolationMode
 
-from stockpot.config import Preparation, Preprocess, Tokens
 from stockpot.errors import BadRequest
+from stockpot.preparation import Preparation, Preprocess, Tokens
 
 Augment = Callable[[Tensor, int], Tensor]
 

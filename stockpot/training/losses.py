@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stockpot.config import Preparation, Tokens
 from stockpot.errors import BadRequest
+from stockpot.preparation import Preparation, Tokens
 from stockpot.settings import TrialSettings
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stockpot.checkpoints import first_non_finite
-from stockpot.config import Preparation
 from stockpot.errors import NonFinite, TrialFailed
 from stockpot.evaluation import normalise
+from stockpot.preparation import Preparation
 from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
 from stockpot.training.candidates import MovingAverages, State, below

@@ -11,8 +11,8 @@ from itertools import islice
 import torch
 from torch import Tensor, distributed, nn
 
-from stockpot.config import Preparation
 from stockpot.errors import NonFinite
+from stockpot.preparation import Preparation
 from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
 from stockpot.training.candidates import Best, Candidate, Score, State, Weights, on_cpu, wearing

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stockpot.config import Preprocess
 from stockpot.evaluation import Ranks, accuracy, logits, normalise, share
+from stockpot.preparation import Preprocess
 
 PREPROCESS = Preprocess(size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from deployments.predicting import predict_files
-from stockpot.config import DataSpec, GateSpec, InitSpec, PinnedData, RetrainRequest, SweepSpec, Tokens
+from stockpot.config import DataSpec, GateSpec, InitSpec, PinnedData, RetrainRequest, SweepSpec
 from stockpot.data import tokens
 from stockpot.data.examination import ProblemsFound
 from stockpot.data.images import Undecodable
@@ -30,6 +30,7 @@ from stockpot.models.bases import load_base
 from stockpot.models.classifier import build
 from stockpot.models.folders import read_model, write_model
 from stockpot.models.loading import load_state
+from stockpot.preparation import Tokens
 from stockpot.release import gating, releasing
 from stockpot.settings import TrialSettings
 from stockpot.soup.recipes.averaging import average

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stockpot.config import Preprocess
 from stockpot.data.images import Undecodable, decode, eval_transform
 from stockpot.data.preparing import transform_digest
+from stockpot.preparation import Preprocess
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (5, 7, 3), np.uint8)).resize((56, 40), Image.Resampling.BICUBIC))

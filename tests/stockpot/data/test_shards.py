@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stockpot.config import Preprocess
 from stockpot.data.images import decode, eval_transform
 from stockpot.data.node_cache import NodeCache
 from stockpot.data.publishing import GivenSamples, Sample, publish
@@ -19,6 +18,7 @@ from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.data.splits import SplitSpec
 from stockpot.errors import BadRequest, SkipBudgetExceeded, SnapshotBroken
 from stockpot.evaluation import share
+from stockpot.preparation import Preprocess
 from tests.tiny_data import CLASSES, PREPROCESS, picture, publish_tiny, samples
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import BaseSpec, Preprocess
+from stockpot.config import BaseSpec
 from stockpot.errors import ModelError
 from stockpot.models.bases import load_base
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.models.loading import load_state
+from stockpot.preparation import Preprocess
 
 CONFIG = {
     "model_cfg": {

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import Preprocess
 from stockpot.digests import canonical, file_digest
 from stockpot.errors import ModelError
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import fingerprint, read_model, write_model
+from stockpot.preparation import Preprocess
 
 ARCH = {"embed_dim": 16, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}}
 PREPROCESS = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stockpot.config import BaseSpec, InitSpec, Preprocess
+from stockpot.config import BaseSpec, InitSpec
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.errors import ModelError
@@ -16,6 +16,7 @@ from stockpot.evaluation import logits
 from stockpot.ledger import packaging, served_model
 from stockpot.models.bases import load_base
 from stockpot.models.folders import write_model
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.training.course import fine_tune
 from stockpot.training.inits import load, prepare

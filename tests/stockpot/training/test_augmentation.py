@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from stockpot.config import Preprocess
 from stockpot.errors import BadRequest
+from stockpot.preparation import Preprocess
 from stockpot.training.augmentation import augmentation, seeded
 
 PREPROCESS = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from stockpot.config import Preprocess
 from stockpot.errors import BadRequest
 from stockpot.models.classifier import ModelConfig, build
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.training.optimisation import (
     climb,

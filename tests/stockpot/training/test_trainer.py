@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import Preprocess
 from stockpot.errors import NonFinite, TrialFailed
 from stockpot.evaluation import normalise
 from stockpot.outcomes import Accuracy
+from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.training.candidates import Candidate, MovingAverages, wearing
 from stockpot.training.trainer import State, total_steps, train
