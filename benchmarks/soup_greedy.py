@@ -36,9 +36,10 @@ from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, GreedyStep
 from stockpot.soup.recipes.averaging import average
-from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor, right
+from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor
 from stockpot.soup.recipes.greedy import Accept, greedy
 from stockpot.soup.recipes.weights import Weights, open_weights
+from stockpot.soup.statistics import right
 from stockpot.sweeps import draw
 from stockpot.training import inits
 from stockpot.training.course import fine_tune

@@ -158,6 +158,7 @@ class SoupSpec(Closed):
         "correlation) suit uneven classes; every candidate is then scored in full, for only accuracy can be lost early. A trial's own best "
         "step stays the one with most right answers.",
     )
+    minimum: int = Field(1, ge=1, le=1000, description="The sweep's own ingredients that must be fit; with fewer no soup is cooked.")
     accept: Literal["improve", "not_worse"] = Field(
         "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."
     )

@@ -151,12 +151,18 @@ def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
     """Download an ingredient's files (`INGREDIENT_FILES`) into `folder`. Raises `IngredientMismatch` when they are others."""
     folder.mkdir(parents=True, exist_ok=True)
     with asking():
-        for name in INGREDIENT_FILES:
-            if name not in _stored_files(ingredient):
-                raise _mismatch(ingredient, f"{name} is missing")
-        download_artifacts(artifact_uri=f"models:/{ingredient.model_id}", dst_path=str(folder), tracking_uri=address())
-    if (found := file_digest(folder / INGREDIENT_FILES[0])) != ingredient.weights_sha256:
-        raise _mismatch(ingredient, f"its weights have sha256 {found[:12]}, recorded were {ingredient.weights_sha256[:12]}")
+        try:
+            found = {info.path for info in client().list_logged_model_artifacts(ingredient.model_id)}
+            for name in INGREDIENT_FILES:
+                if name not in found:
+                    raise _mismatch(ingredient, f"{name} is missing")
+            download_artifacts(artifact_uri=f"models:/{ingredient.model_id}", dst_path=str(folder), tracking_uri=address())
+        except RestException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise _mismatch(ingredient, f"its LoggedModel {ingredient.model_id} is gone") from error
+    if (sha256 := file_digest(folder / INGREDIENT_FILES[0])) != ingredient.weights_sha256:
+        raise _mismatch(ingredient, f"its weights have sha256 {sha256[:12]}, recorded were {ingredient.weights_sha256[:12]}")
     for name, sha256 in ingredient.files.items():
         if file_digest(folder / name) != sha256:
             raise _mismatch(ingredient, f"{name} has another sha256 than the recorded {sha256[:12]}")
@@ -246,13 +252,6 @@ def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
     tags = [one.tags["stockpot.ingredient"] for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
     return [Ingredient.model_validate_json(tag) for tag in tags]
-
-
-def _stored_files(ingredient: Ingredient) -> set[str]:
-    try:
-        return {info.path for info in client().list_logged_model_artifacts(ingredient.model_id)}
-    except RestException as error:
-        raise _mismatch(ingredient, f"its LoggedModel {ingredient.model_id} is gone") from error
 
 
 def _mismatch(ingredient: Ingredient, found: str) -> IngredientMismatch:

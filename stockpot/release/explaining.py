@@ -15,11 +15,11 @@ from stockpot.models.loading import load_state
 from stockpot.outcomes import ModelVersion, SoupReport, TrialPoint
 from stockpot.release import releasing
 from stockpot.soup import card
-from stockpot.soup.dishes import open_init
 from stockpot.soup.rebuilding import FROM_INIT, rebuild
 from stockpot.soup.recipes.batch_norm import statistics
 from stockpot.soup.recipes.weights import Weights, open_weights
 from stockpot.soup.settling import settle, settling_samples
+from stockpot.soup.soupability import open_init
 
 NEAR = 1e-3
 """Largest difference of a BatchNorm statistic, as a share of its tensor's largest, that two machines may have."""
@@ -74,7 +74,7 @@ def _rebuilt(report: SoupReport, folder: Path) -> dict[str, Tensor]:
         }
         start = None
         if report.recipe in FROM_INIT:
-            start = stack.enter_context(closing(open_init(tracking.read_sweep(report.sweep_id).init, folder)))
+            start = stack.enter_context(closing(open_init(tracking.read_sweep(report.sweep_id).init, folder)[0]))
         return rebuild(report, files, start)
 
 

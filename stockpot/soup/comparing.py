@@ -6,7 +6,6 @@ Nothing here ships and nothing here is selected on. Each name is one of `SoupSpe
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,12 +13,11 @@ from torch import Tensor
 from stockpot.config import Init, SoupSpec
 from stockpot.evaluation import accuracy
 from stockpot.outcomes import Accuracy, AlphaPoint, Scores
-from stockpot.soup.dishes import on_line, open_init, prune, stock
+from stockpot.soup.dishes import on_line, prune, stock
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
 from stockpot.soup.recipes.geometry import angles, gram
 from stockpot.soup.recipes.interpolation import ALPHAS
-from stockpot.soup.recipes.weights import Weights
 
 Recipes = Mapping[str, Sequence[str]]
 """`best_single`, `uniform` and `greedy` to their trials."""
@@ -35,31 +33,27 @@ class Comparison:
     midpoints: dict[str, Accuracy] = field(default_factory=dict)
 
 
-def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec, folder: Path) -> Comparison:
-    """Make and score everything in `spec.compare`. The init's weights are put into `folder`."""
-    start = open_init(init, folder)
+def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec) -> Comparison:
+    """Make and score everything in `spec.compare`."""
     make: dict[str, Callable[[], Scores]] = {
         "pruned": lambda: kitchen.scores(prune(kitchen)),
         "learned": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=False)),
         "learned_by_layer": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=True)),
-        "model_stock": lambda: kitchen.scores(stock(kitchen, init, start)),
+        "model_stock": lambda: kitchen.scores(stock(kitchen, init)),
         "ensemble": lambda: _ensemble(kitchen, tuple(kitchen.pool.candidates)),
         "greedy_ensemble": lambda: _ensemble(kitchen, _ensemble_members(kitchen, spec)),
     }
     scores: dict[str, Scores] = {}
-    try:
-        for name in spec.compare:
-            if name in make and name != spec.recipe:
-                with kitchen.measured(name):
-                    scores[name] = make[name]()
-        return Comparison(
-            scores,
-            {name: _line(kitchen, init, start, trials) for name, trials in recipes.items()} if "wise_ft" in spec.compare else {},
-            _angles(kitchen, start) if "angles" in spec.compare else {},
-            _midpoints(kitchen, recipes["best_single"][0]) if "midpoints" in spec.compare else {},
-        )
-    finally:
-        start.close()
+    for name in spec.compare:
+        if name in make and name != spec.recipe:
+            with kitchen.measured(name):
+                scores[name] = make[name]()
+    return Comparison(
+        scores,
+        {name: _line(kitchen, init, trials) for name, trials in recipes.items()} if "wise_ft" in spec.compare else {},
+        _angles(kitchen) if "angles" in spec.compare else {},
+        _midpoints(kitchen, recipes["best_single"][0]) if "midpoints" in spec.compare else {},
+    )
 
 
 def _ensemble_members(kitchen: Kitchen, spec: SoupSpec) -> tuple[str, ...]:
@@ -75,8 +69,8 @@ def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Scores:
     return kitchen.scores_by(score)
 
 
-def _line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str]) -> tuple[AlphaPoint, ...]:
-    return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(on_line(kitchen, init, start, trials, alpha))) for alpha in ALPHAS)
+def _line(kitchen: Kitchen, init: Init, trials: Sequence[str]) -> tuple[AlphaPoint, ...]:
+    return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(on_line(kitchen, init, trials, alpha))) for alpha in ALPHAS)
 
 
 def _midpoints(kitchen: Kitchen, best: str) -> dict[str, Accuracy]:
@@ -84,7 +78,7 @@ def _midpoints(kitchen: Kitchen, best: str) -> dict[str, Accuracy]:
     return {trial: kitchen.accuracy(kitchen.soup([best, trial]), "held_out") for trial in kitchen.pool.candidates if trial != best}
 
 
-def _angles(kitchen: Kitchen, start: Weights) -> dict[str, tuple[float, ...]]:
+def _angles(kitchen: Kitchen) -> dict[str, tuple[float, ...]]:
     pool = kitchen.pool.candidates
-    rows = angles(gram(start, [one.weights for one in pool.values()]))
+    rows = angles(gram(kitchen.pool.start, [one.weights for one in pool.values()]))
     return {trial: tuple(round(angle, 2) for angle in row) for trial, row in zip(pool, rows, strict=True)}

@@ -3,36 +3,24 @@ init (WiSE-FT).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from stockpot.checkpoints import save_weights
 from stockpot.config import Init, SoupSpec
 from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.interpolation import coefficients
 from stockpot.soup.recipes.model_stock import model_stock
 from stockpot.soup.recipes.pruned import pruned
-from stockpot.soup.recipes.weights import Weights, open_weights
-from stockpot.training import inits
 
 
-def open_init(init: Init, folder: Path) -> Weights:
-    """The init's weights, fetched into `folder` unless they are there."""
-    path = folder / "init.safetensors"
-    if not path.exists():
-        save_weights(path, inits.fetch(init)[1])
-    return open_weights(path)
-
-
-def shipped(kitchen: Kitchen, init: Init, spec: SoupSpec, greedy: Sequence[str], folder: Path) -> Dish:
-    """The dish of a recipe that greedy and uniform are not. greedy: the members of that soup. folder: for the init, where it is needed."""
+def shipped(kitchen: Kitchen, init: Init, spec: SoupSpec, greedy: Sequence[str]) -> Dish:
+    """The dish of a recipe that greedy and uniform are not. greedy: the members of that soup."""
     match spec.recipe:
         case "pruned":
             return prune(kitchen)
         case "model_stock":
-            return stock(kitchen, init, open_init(init, folder))
+            return stock(kitchen, init)
         case "wise_ft":
-            return on_line(kitchen, init, open_init(init, folder), greedy, spec.alpha)
+            return on_line(kitchen, init, greedy, spec.alpha)
         case _:
             return kitchen.learned(spec.mixing, by_layer=spec.recipe == "learned_by_layer")
 
@@ -44,15 +32,15 @@ def prune(kitchen: Kitchen) -> Dish:
     return kitchen.soup(stay)
 
 
-def stock(kitchen: Kitchen, init: Init, start: Weights) -> Dish:
+def stock(kitchen: Kitchen, init: Init) -> Dish:
     """Model Stock of the whole pool."""
     trials = tuple(sorted(kitchen.pool.candidates))
     chosen = [kitchen.pool.candidates[trial] for trial in trials]
     identity = ("model_stock", init.digest, *[one.ingredient.weights_sha256 for one in chosen])
-    return Dish(identity, lambda: model_stock(start, [one.weights for one in chosen]), trials)
+    return Dish(identity, lambda: model_stock(kitchen.pool.start, [one.weights for one in chosen]), trials)
 
 
-def on_line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str], alpha: float) -> Dish:
+def on_line(kitchen: Kitchen, init: Init, trials: Sequence[str], alpha: float) -> Dish:
     """The soup of these trials on its line from the init (0) to itself (1)."""
     if alpha == 1:
         return kitchen.soup(trials)  # to the bit; a weighted sum with a zero in it is rounded otherwise
@@ -60,4 +48,4 @@ def on_line(kitchen: Kitchen, init: Init, start: Weights, trials: Sequence[str],
     shares = coefficients(len(trials), alpha)
     contents = [init.digest, *[one.ingredient.weights_sha256 for one in chosen]]
     identity = tuple(f"{share:.12g}*{content}" for share, content in zip(shares, contents, strict=True))
-    return Dish(identity, lambda: average([start, *[one.weights for one in chosen]], shares), tuple(trials))
+    return Dish(identity, lambda: average([kitchen.pool.start, *[one.weights for one in chosen]], shares), tuple(trials))

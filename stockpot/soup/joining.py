@@ -61,7 +61,7 @@ def _examine(version: ModelVersion, origin: str, pool: Pool, kitchen: Kitchen, s
     require_init(init, sweep.init)
     _require_other_samples(sweep, origin)
     weights, config = open_model(registry.fetch_soup(version.model, version.soup_sha256, folder))
-    require_alike(weights, config, next(iter(pool.candidates.values())))
+    require_alike(weights, config, pool.start, pool.config)
     seen = kitchen.splits["held_out"]
     logits_NC = kitchen.logits(Dish((version.soup_sha256,), partial(average, [weights])), "held_out")
     stored = registry.find_soup(version.model, version.soup_sha256)

@@ -1,7 +1,7 @@
 """Which ingredients may be averaged. Every one is in, or out with a reason; a soup of strangers is refused, not cooked.
 
-In: recorded files whole and unchanged, the sweep's init, the pool's keys, shapes, types and ties, its model config (activation,
-preprocessing and classes included), finite weights, and held-out logits that give the recorded accuracy.
+In: recorded files whole and unchanged, the sweep's init, that init's keys, shapes, types and ties, its model config (activation,
+preprocessing and classes included), finite weights, and finite held-out logits that give the recorded accuracy.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from stockpot.checkpoints import load_weights
+from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import Init
 from stockpot.errors import IngredientMismatch, ModelError, TooFewIngredients
 from stockpot.evaluation import accuracy
@@ -21,6 +21,7 @@ from stockpot.models.classifier import ModelConfig
 from stockpot.outcomes import Ingredient, ModelVersion
 from stockpot.soup.recipes.averaging import first_non_finite
 from stockpot.soup.recipes.weights import Weights, difference, open_weights
+from stockpot.training import inits
 
 # N samples of held_out, C classes
 
@@ -43,6 +44,10 @@ class Candidate:
 class Pool:
     """What a sweep has to cook with."""
 
+    start: Weights
+    """The init all candidates started from."""
+    config: ModelConfig
+    """Its model config, which is theirs."""
     candidates: dict[str, Candidate]
     excluded: dict[str, str]
     """Trial id to the reason."""
@@ -50,11 +55,8 @@ class Pool:
     """Candidates from elsewhere, earlier sweeps and the champion, to the sweep each came from."""
     champion: ModelVersion | None = None
     """The version that joined."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model config all candidates share."""
-        return next(iter(self.candidates.values())).config
+    minimum: int = 1
+    """The sweep's own candidates that must be left."""
 
     @property
     def duplicates(self) -> tuple[tuple[str, ...], ...]:
@@ -66,16 +68,16 @@ class Pool:
 
     def close(self) -> None:
         """Close the weight files."""
-        for candidate in self.candidates.values():
-            candidate.weights.close()
+        for weights in (self.start, *[one.weights for one in self.candidates.values()]):
+            weights.close()
 
     def without(self, doubts: dict[str, str]) -> "Pool":
-        """The pool less some candidates, each with its reason. Raises `TooFewIngredients` when none is left."""
+        """The pool less some candidates, each with its reason. Raises `TooFewIngredients` when too few of the sweep's own are left."""
         kept = {trial: one for trial, one in self.candidates.items() if trial not in doubts}
         for trial in self.candidates.keys() - kept.keys():
             self.candidates[trial].weights.close()
         champion = None if self.champion and self.champion.ingredient_id in doubts else self.champion
-        return _some(replace(self, candidates=kept, excluded=self.excluded | doubts, champion=champion))
+        return _enough(replace(self, candidates=kept, excluded=self.excluded | doubts, champion=champion))
 
     def rescored(self, trial: str, logits_NC: Tensor, labels_N: np.ndarray, transform_digest: str) -> "Pool":
         """The pool with one candidate judged on these held-out samples instead of those it recorded."""
@@ -95,24 +97,26 @@ class Pool:
         )
 
 
-def gather(ingredients: list[Ingredient], init: Init, folder: Path) -> Pool:
-    """Fetch and examine every ingredient. The first whole one of the given init sets what the others must equal.
+def gather(ingredients: list[Ingredient], init: Init, folder: Path, *, origins: dict[str, str] | None = None, minimum: int = 1) -> Pool:
+    """Fetch and examine every ingredient. The init, which they all started from, says what their keys, shapes, types, ties and config are.
 
-    Raises `TooFewIngredients`, with every reason, when none is fit.
+    origins: those of earlier sweeps among them, to the sweep of each. Raises `TooFewIngredients`, with every reason, when fewer than
+    `minimum` of the others are fit.
     """
     candidates: dict[str, Candidate] = {}
     excluded: dict[str, str] = {}
+    start, config = open_init(init, folder)
     with ThreadPoolExecutor(FETCHERS) as fetchers:
         found = fetchers.map(lambda one: _examined(one, init, folder / one.trial_id), ingredients)
         for ingredient, candidate in zip(ingredients, found, strict=True):
             try:
                 if isinstance(candidate, str):
                     raise IngredientMismatch(candidate)
-                require_alike(candidate.weights, candidate.config, next(iter(candidates.values()), candidate))
+                require_alike(candidate.weights, candidate.config, start, config)
                 candidates[ingredient.trial_id] = candidate
             except IngredientMismatch as error:
                 excluded[ingredient.trial_id] = str(error)
-    return _some(Pool(candidates, excluded))
+    return _enough(Pool(start, config, candidates, excluded, origins or {}, minimum=minimum))
 
 
 def check_accuracy(candidate: Candidate, labels_N: np.ndarray, transform_digest: str) -> str | None:
@@ -143,8 +147,10 @@ def _examine(ingredient: Ingredient, init: Init, folder: Path) -> Candidate:
     tracking.fetch_ingredient(ingredient, folder)
     weights, config = open_model(folder)
     logits = load_weights(folder / "held_out.safetensors").get("logits")
-    if logits is None:
-        raise IngredientMismatch("held_out.safetensors holds no `logits`; run its trial again.")
+    if logits is None or not bool(logits.isfinite().all()):
+        what = "no `logits`" if logits is None else "logits that are no numbers"
+        weights.close()
+        raise IngredientMismatch(f"Its held_out.safetensors holds {what}; run its trial again.")
     return Candidate(ingredient, weights, config, logits)
 
 
@@ -152,6 +158,13 @@ def require_init(init_digest: str, init: Init) -> None:
     """Raises `IngredientMismatch` unless something started from this init."""
     if init_digest != init.digest:
         raise IngredientMismatch(f"It started from init {init_digest[:12]}, the sweep's is {init.digest[:12]}: only one init averages.")
+
+
+def open_init(init: Init, folder: Path) -> tuple[Weights, ModelConfig]:
+    """An init's weights, fetched into `folder`, and its config. Raises `ModelError` when it is not what it was."""
+    config, state = inits.fetch(init)
+    save_weights(folder / "init.safetensors", state)
+    return open_weights(folder / "init.safetensors"), config
 
 
 def open_model(folder: Path) -> tuple[Weights, ModelConfig]:
@@ -163,18 +176,24 @@ def open_model(folder: Path) -> tuple[Weights, ModelConfig]:
     return weights, ModelConfig.model_validate_json((folder / "model.json").read_bytes())
 
 
-def require_alike(weights: Weights, config: ModelConfig, first: Candidate) -> None:
-    """Raises `IngredientMismatch` unless weights and config are such as another candidate's."""
-    if found := difference(weights, first.weights):
-        raise IngredientMismatch(f"Its weights are others: {found}.")
-    if config != first.config:
-        mine, theirs = config.model_dump(), first.config.model_dump()
-        names = ", ".join(name for name in mine if mine[name] != theirs[name])
-        raise IngredientMismatch(f"Its model config differs from the others' in {names}.")
+def require_alike(weights: Weights, config: ModelConfig, start: Weights, started: ModelConfig) -> None:
+    """Raises `IngredientMismatch` unless weights and config are such as the init's."""
+    found = difference(weights, start)
+    if config != started:
+        mine, theirs = config.model_dump(), started.model_dump()
+        found = found or f"its model config has another {', '.join(name for name in mine if mine[name] != theirs[name])}"
+    if found:
+        weights.close()
+        raise IngredientMismatch(f"It does not fit the init it says it started from: {found}.")
 
 
-def _some(pool: Pool) -> Pool:
-    if not pool.candidates:
+def _enough(pool: Pool) -> Pool:
+    own = len(pool.candidates.keys() - pool.origins.keys())
+    if own < pool.minimum:
+        pool.close()
         told = "; ".join(f"{trial}: {reason}" for trial, reason in pool.excluded.items()) or "no trial has finished"
-        raise TooFewIngredients(f"Found no ingredient fit for a soup, one is needed ({told}); run the sweep's trials first.")
+        raise TooFewIngredients(
+            f"Found {own} ingredients of the sweep that are fit for a soup, {pool.minimum} are needed ({told}); run the trials that are "
+            "missing or unfit again, or ask for a smaller `minimum`."
+        )
     return pool

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -40,7 +39,8 @@ Say = Callable[[str], None]
 def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | None = None, say: Say) -> SoupReport:
     """The report of a sweep's soup, recorded in the ledger; the same finished trials again give the recorded one.
 
-    say: called with one line per event. Raises `SweepMissing`, and `TooFewIngredients` when no finished trial is fit.
+    say: called with one line per event. Raises `SweepMissing`, and `TooFewIngredients` when fewer finished trials are fit than the
+    request's `minimum`.
     """
     tracking.check_server()
     sweep = tracking.read_sweep(sweep_id)
@@ -56,7 +56,8 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | 
         folder = Path(scratch)
         earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier)
         origins = {one.trial_id: origin for one, origin in earlier}
-        pool = replace(gather([*ingredients, *[one for one, _ in earlier]], sweep.init, folder / "ingredients"), origins=origins)
+        everything, minimum = [*ingredients, *[one for one, _ in earlier]], sweep.request.soup.minimum
+        pool = gather(everything, sweep.init, folder / "ingredients", origins=origins, minimum=minimum)
         try:
             kitchen = Kitchen(sweep, pool)
             kitchen.pool = pool = joining.rescored(pool, kitchen, sweep)
@@ -92,11 +93,11 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
     recipes = {"best_single": (best,), "uniform": tuple(sorted(singles)), "greedy": members(steps)}
     scores = {name: kitchen.scores(kitchen.soup(trials)) for name, trials in recipes.items()}
     with kitchen.measured(wanted) if wanted not in recipes else nullcontext():
-        dish = _dish(kitchen, sweep, recipes, folder)
+        dish = _dish(kitchen, sweep, recipes)
         scores[wanted] = kitchen.scores(dish)
     for name, trials in recipes.items():
         say(f"{name.replace('_', ' ')} of {len(trials)}: held_out {scores[name].held_out.value:.4f}")
-    compared = compare(kitchen, sweep.init, recipes, sweep.request.soup, folder) if sweep.request.soup.compare else Comparison()
+    compared = compare(kitchen, sweep.init, recipes, sweep.request.soup) if sweep.request.soup.compare else Comparison()
     report = SoupReport(
         sweep_id=sweep.id,
         model=sweep.request.model,
@@ -140,10 +141,10 @@ def _calibration(kitchen: Kitchen, dish: Dish, gate_NC: Tensor, labels_N: Tensor
     return Calibration(before=calibration_error(gate_NC, labels_N), after=calibration_error(gate_NC / found, labels_N), temperature=found)
 
 
-def _dish(kitchen: Kitchen, sweep: Sweep, recipes: Recipes, folder: Path) -> Dish:
+def _dish(kitchen: Kitchen, sweep: Sweep, recipes: Recipes) -> Dish:
     """What ships."""
     spec = sweep.request.soup
-    return kitchen.soup(recipes[spec.recipe]) if spec.recipe in recipes else shipped(kitchen, sweep.init, spec, recipes["greedy"], folder)
+    return kitchen.soup(recipes[spec.recipe]) if spec.recipe in recipes else shipped(kitchen, sweep.init, spec, recipes["greedy"])
 
 
 def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stockpot.outcomes import Accuracy
+from stockpot.soup.statistics import right
 
 Predict = Callable[[Tensor], Tensor]
 """Sample numbers, int64 (B,), to logits (B, C). A sample's logits must not depend on its block."""
@@ -27,11 +28,6 @@ class Verdict(NamedTuple):
     """Exact when `examined` is all; otherwise the most it can be, which is below what was needed."""
     examined: int
     """Samples looked at."""
-
-
-def right(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Which samples are right, bool (B,): the first of equal logits is the answer, and a row with a NaN is wrong."""
-    return (logits_BC.argmax(dim=1) == labels_B) & ~logits_BC.isnan().any(dim=1)
 
 
 def margins(logits_NC: Tensor, labels_N: Tensor) -> Tensor:

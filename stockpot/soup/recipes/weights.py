@@ -78,9 +78,9 @@ def difference(one: Weights, other: Weights) -> str | None:
     for name in sorted(one.slots.keys() | other.slots.keys()):
         mine, theirs = one.slots.get(name), other.slots.get(name)
         if mine is None or theirs is None or mine.kind != theirs.kind:
-            return f"`{name}` is {mine.kind if mine else 'missing'} in it and {theirs.kind if theirs else 'missing'} in the others"
+            return f"`{name}` is {mine.kind if mine else 'missing'} in it and {theirs.kind if theirs else 'missing'} in the other"
     if one.tied != other.tied:
-        return f"it ties {one.tied or 'nothing'}, the others {other.tied or 'nothing'}"
+        return f"it ties {one.tied or 'nothing'}, the other {other.tied or 'nothing'}"
     return None
 
 

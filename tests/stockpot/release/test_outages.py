@@ -15,11 +15,12 @@ import pytest
 
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.errors import ServerUnreachable
-from stockpot.ledger import packaging, registry
-from stockpot.ledger.connection import client
+from stockpot.ledger import packaging, registry, tracking
+from stockpot.ledger.connection import client, experiment, of_kind, search_runs
 from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
 from stockpot.release.explaining import reproduce
+from stockpot.soup import souping
 from stockpot.soup.souping import cook
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import free_port, mlflow_server
@@ -110,6 +111,29 @@ def test_a_release_interrupted_before_every_step_registers_once(
     assert registry.alias_version(model, "champion") == 1
     assert [line["after"] for line in registry.read_history(model)] == [1]
     assert reproduce(model).version == 1
+
+
+def test_a_soup_interrupted_before_every_step_is_cooked_once_and_scores_nothing_twice(
+    ground: Ground, surroundings: Surroundings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tiny_sweep(ground, f"outages-{uuid4().hex[:8]}", 4, SoupSpec(compare=("pruned",)))
+    finish_trials(ground, sweep, tmp_path)
+    costs = []
+    steps = [(what, tracking, step) for step in ("fetch_ingredient", "record_report") for what in ("store", "ledger")]
+    for what, module, step in (*steps, ("store", registry, "_package"), ("ledger", registry, "log_soup_model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, step, goes_away(surroundings, what, getattr(module, step)))
+            patch.setattr(souping.page, "write", lambda report, _: costs.append(report.costs) or "")
+            with pytest.raises(ServerUnreachable, match="MLFLOW_TRACKING_URI"):
+                cook(sweep.id, say=[].append)
+        surroundings.start(what)
+    report = cook(sweep.id, say=[].append)
+    assert cook(sweep.id, say=[].append) == report
+    assert costs[0]["pruned"].samples > 0, "the first that got so far scored"
+    assert report.costs["greedy"].samples == report.costs["pruned"].samples == 0, "and none after it"
+    stored = [one for one in client().search_logged_models([experiment(report.model)]) if "stockpot.stored_soup" in one.tags]
+    assert [one.model_id for one in stored] == [report.model_id]
+    assert len(search_runs([experiment(report.model)], of_kind("soup", sweep.id), "attributes.start_time")) == 1
 
 
 def released_in_a_process(report: SoupReport, environ: dict[str, str]) -> tuple[int, bool]:

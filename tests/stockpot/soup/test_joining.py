@@ -47,9 +47,7 @@ def champion(mlflow_server: str, ground: Ground, tmp_path_factory: pytest.TempPa
         yield released(cook(sweep.id, say=quiet))
 
 
-def test_a_champion_that_may_not_be_averaged_is_left_out_with_its_reason(
-    ground: Ground, champion: ModelVersion, ledger: str, tmp_path: Path
-) -> None:
+def test_a_champion_is_scored_here_or_left_out_with_its_reason(ground: Ground, champion: ModelVersion, ledger: str, tmp_path: Path) -> None:
     sweep = tiny_sweep(ground, champion.model, 1, WITH_CHAMPION)
     pool = gather(finish_trials(ground, sweep, tmp_path / "trial", noise=0.2), sweep.init, tmp_path / "pool")
     kitchen, tags = Kitchen(sweep, pool), registry.read_tags(champion)
@@ -67,6 +65,11 @@ def test_a_champion_that_may_not_be_averaged_is_left_out_with_its_reason(
         assert (found.champion, found.candidates) == (None, pool.candidates)
         for tag in change:
             registry.write_tag(champion, tag, tags[tag])
+    joined = with_champion(pool, kitchen, sweep, tmp_path / "champion")
+    last_week = SoupReport.model_validate_json(releasing.read_record(champion, "report.json"))
+    assert (joined.champion, joined.origins, joined.excluded) == (champion, {champion.ingredient_id: last_week.sweep_id}, {})
+    found = joined.candidates[champion.ingredient_id].ingredient
+    assert (found.held_out, found.weights_sha256) == (last_week.scores["uniform"].held_out, champion.soup_sha256)
     nobody = sweep.model_copy(update={"request": sweep.request.model_copy(update={"model": f"nobody-{uuid4().hex[:8]}"})})
     assert with_champion(pool, kitchen, nobody, tmp_path / "nobody") == pool
 
@@ -83,6 +86,7 @@ def test_a_champion_nothing_improves_on_ships_again_as_the_same_version(
     assert releasing.register(report) == champion
 
 
+@pytest.mark.slow
 def test_the_champion_is_one_more_ingredient_told_rebuilt_and_kept(
     ground: Ground, champion: ModelVersion, ledger: str, tmp_path: Path
 ) -> None:

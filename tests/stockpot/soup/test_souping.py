@@ -17,6 +17,8 @@ from stockpot.ledger.connection import client
 from stockpot.models.classifier import Classifier
 from stockpot.models.folders import fingerprint, write_model
 from stockpot.outcomes import Accuracy, SoupReport
+from stockpot.release.explaining import reproduce
+from stockpot.release.releasing import register
 from stockpot.settings import TrialSettings
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.learned import mixture
@@ -104,6 +106,18 @@ def test_one_trial_ships_as_a_soup_of_one_and_the_card_says_so(ground: Ground, s
     assert "the best single model" in tracking.read_text(report.mlflow_run_id, "card.md")
 
 
+@pytest.mark.slow
+def test_where_nothing_improves_on_the_best_single_model_that_model_ships(ground: Ground, sweep: Sweep, tmp_path: Path) -> None:
+    singles = finish_trials(ground, sweep, tmp_path, only=[0, 1, 2, 3], noise=30.0)  # strangers to each other
+    good = min(singles, key=lambda one: (-one.held_out.correct, one.trial_id))
+    report = cook(sweep.id, say=quiet)
+    assert [step.kept for step in report.steps] == [True, False, False, False]
+    assert (report.ingredients, report.soup_sha256, report.best_single) == ((good.trial_id,), good.weights_sha256, good.trial_id)
+    assert report.scores["greedy"] == report.scores["best_single"] != report.scores["uniform"]
+    assert f"so the best single model, trial {good.trial_id}, ships" in tracking.read_text(report.mlflow_run_id, "card.md")
+    assert reproduce(f"{report.model}/{register(report).version}").soup_sha256 == good.weights_sha256
+
+
 def test_unfit_ingredients_are_left_out_with_their_reason(ground: Ground, sweep: Sweep, tmp_path: Path) -> None:
     good = finish_trials(ground, sweep, tmp_path, only=[0, 1])
     weights = load_weights(tmp_path / "trial-0" / "model.safetensors")
@@ -126,7 +140,7 @@ def test_unfit_ingredients_are_left_out_with_their_reason(ground: Ground, sweep:
 
 
 def test_a_sweep_without_ingredients_is_refused_with_the_reason(sweep: Sweep) -> None:
-    with pytest.raises(TooFewIngredients, match="no trial has finished"):
+    with pytest.raises(TooFewIngredients, match=r"Found 0 ingredients .* 1 are needed \(no trial has finished"):
         cook(sweep.id, say=quiet)
 
 

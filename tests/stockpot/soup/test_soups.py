@@ -17,11 +17,12 @@ from stockpot.errors import IngredientMismatch
 from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes import averaging
 from stockpot.soup.recipes.averaging import CHUNK, _sample, average, first_non_finite
-from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins, right
+from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
 from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.recipes.weights import Weights, open_weights
+from stockpot.soup.statistics import right
 
 State = dict[str, Tensor]
 
