@@ -7,6 +7,8 @@ exists once its LoggedModel is READY and carries the tag `stockpot.ingredient`: 
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -150,17 +152,8 @@ def find_earlier(sweep: Sweep, most: int) -> list[tuple[Ingredient, str]]:
 def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
     """Download an ingredient's files (`INGREDIENT_FILES`) into `folder`. Raises `IngredientMismatch` when they are others."""
     folder.mkdir(parents=True, exist_ok=True)
-    with asking():
-        try:
-            found = {info.path for info in client().list_logged_model_artifacts(ingredient.model_id)}
-            for name in INGREDIENT_FILES:
-                if name not in found:
-                    raise _mismatch(ingredient, f"{name} is missing")
-            download_artifacts(artifact_uri=f"models:/{ingredient.model_id}", dst_path=str(folder), tracking_uri=address())
-        except RestException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise _mismatch(ingredient, f"its LoggedModel {ingredient.model_id} is gone") from error
+    with _asking_for(ingredient, INGREDIENT_FILES):
+        download_artifacts(artifact_uri=f"models:/{ingredient.model_id}", dst_path=str(folder), tracking_uri=address())
     if (sha256 := file_digest(folder / INGREDIENT_FILES[0])) != ingredient.weights_sha256:
         raise _mismatch(ingredient, f"its weights have sha256 {sha256[:12]}, recorded were {ingredient.weights_sha256[:12]}")
     for name, sha256 in ingredient.files.items():
@@ -176,9 +169,7 @@ def fetch_logits(ingredient: Ingredient, folder: Path) -> Path:
     path = folder / ingredient.model_id / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with asking():
-            if name not in _stored_files(ingredient):
-                raise _mismatch(ingredient, f"{name} is missing")
+        with _asking_for(ingredient, [name]):
             home = client().get_logged_model(ingredient.model_id).artifact_location
             get_artifact_repository(home, tracking_uri=address()).download_artifacts(name, str(path.parent))
     if (sha256 := ingredient.files.get(name)) and file_digest(path) != sha256:
@@ -252,6 +243,21 @@ def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
     tags = [one.tags["stockpot.ingredient"] for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
     return [Ingredient.model_validate_json(tag) for tag in tags]
+
+
+@contextmanager
+def _asking_for(ingredient: Ingredient, names: Sequence[str]) -> Iterator[None]:
+    """`asking` for files of an ingredient. Raises `IngredientMismatch` when one is not there, or the whole vanishes meanwhile."""
+    with asking():
+        try:
+            found = {info.path for info in client().list_logged_model_artifacts(ingredient.model_id)}
+            if missing := [name for name in names if name not in found]:
+                raise _mismatch(ingredient, f"{missing[0]} is missing")
+            yield
+        except RestException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise _mismatch(ingredient, f"its LoggedModel {ingredient.model_id} is gone") from error
 
 
 def _mismatch(ingredient: Ingredient, found: str) -> IngredientMismatch:
