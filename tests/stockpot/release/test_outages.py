@@ -120,7 +120,7 @@ def test_a_soup_interrupted_before_every_step_is_cooked_once_and_scores_nothing_
     finish_trials(ground, sweep, tmp_path)
     costs = []
     steps = [(what, tracking, step) for step in ("fetch_ingredient", "record_report") for what in ("store", "ledger")]
-    for what, module, step in (*steps, ("store", registry, "_package"), ("ledger", registry, "log_soup_model")):
+    for what, module, step in (*steps, ("store", packaging, "package"), ("ledger", registry, "log_soup_model")):
         with monkeypatch.context() as patch:
             patch.setattr(module, step, goes_away(surroundings, what, getattr(module, step)))
             patch.setattr(souping.page, "write", lambda report, _: costs.append(report.costs) or "")
