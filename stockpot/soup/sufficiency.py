@@ -26,7 +26,6 @@ from stockpot.ledger import tracking
 from stockpot.outcomes import Accuracy, Enough, Ingredient
 from stockpot.soup import marginal
 from stockpot.soup.recipes.greedy import Accept, ranked
-from stockpot.soup.statistics import right
 
 # N samples of held_out, C classes
 
