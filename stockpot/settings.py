@@ -58,8 +58,9 @@ class TrialSettings(Closed):
     augmentation: str = Field(
         "minimal",
         min_length=1,
-        description="none, minimal (crop 90-100 %), medium (timm's default), strong (`rand-m15-n2`), stochastic (RandAugment of a random "
-        "level per image), a timm string such as `rand-m9-n2`, or `package.module:name` of your own.",
+        description="none, minimal (crop 90-100 %), medium (timm's default), strong (RandAugment, N=2, M=15), stochastic (RandAugment "
+        "of a random level per image), a timm string such as `rand-m9-n2`, or `package.module:name` of your own. timm applies an operation "
+        "half of the time and no magnitude above 10; RandAugment as published is `rand-m15-n2-p1-mmax15`.",
     )
     last_epoch_augmentation: str | None = Field(
         None, description="Augmentation of the last epoch, such as `minimal` after strong ones. None: as in the others."

@@ -3,10 +3,15 @@
 The seed alone decides the draw, and every sample and epoch has its own, so neither the order of workers nor a resume changes a pixel.
 The names are those of Wortsman et al. 2022, appendix J.2.1: minimal is a crop of 90-100 % of the area, medium is timm's default,
 strong is RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with N=2, M=15. All are plain values, so that a loader process can have one.
+
+timm applies an operation of its RandAugment half of the time, and no magnitude above 10, unless a string says `p1` and `mmax`; the names
+here say both, as the paper and its reference code do. A string of the user's is taken at its word, and refused where timm would not.
 """
 
 import importlib
+import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +31,17 @@ Augment = Callable[[Tensor, int], Tensor]
 
 LOG2_WIDEST = 0.41503749927884376
 """log2(4/3): crops have an aspect between 3:4 and 4:3."""
-TIMM_STRINGS = {"strong": "rand-m15-n2", "medium": None}
+TRIES = 10
+"""How often torchvision draws a crop before it takes a central one."""
+TIMM_STRINGS = {"strong": "rand-m15-n2-p1-mmax15", "medium": None}
 """Names that stand for a timm auto-augment string (None: timm's default transform without one)."""
-TIMM_POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+NUMBER = r"\d+(\.\d+)?"
+TIMM_SECTIONS = {
+    "rand": rf"(m|n|mmax)\d+|(p|mstd){NUMBER}|inc[01]|t(weights|3aw|3a)",
+    "augmix": rf"(m|d)\d+|w[1-9]\d*|(a|mstd){NUMBER}|b[01]",
+    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), f"mstd{NUMBER}"),
+}
+"""Policies of timm, and what may follow each after a dash (timm.data.auto_augment). timm itself passes over what it cannot read."""
 
 
 def augmentation(name: str, preprocess: Preparation, *, smallest_crop: float | None = None) -> Augment | None:
@@ -50,12 +63,31 @@ def augmentation(name: str, preprocess: Preparation, *, smallest_crop: float | N
     if name == "stochastic":
         return Stochastic(preprocess, smallest)
     policy = TIMM_STRINGS.get(name, name)
-    if policy is not None and policy.split("-")[0] not in TIMM_POLICIES:
+    if policy is not None:
+        _require_readable(policy)
+    return TimmPolicy(preprocess, smallest, policy)
+
+
+def _require_readable(string: str) -> None:
+    """Raises `BadRequest` for a timm string that timm does not know, or would take for another one."""
+    policy, *sections = string.split("-")
+    if policy not in TIMM_SECTIONS:
         raise BadRequest(
-            f"There is no augmentation `{name}`: write none, minimal, medium, strong, stochastic, a timm string such as `rand-m9-n2`, "
+            f"There is no augmentation `{string}`: write none, minimal, medium, strong, stochastic, a timm string such as `rand-m9-n2`, "
             "or `package.module:name`."
         )
-    return TimmPolicy(preprocess, smallest, policy)
+    for section in sections:
+        if not re.fullmatch(TIMM_SECTIONS[policy], section):
+            raise BadRequest(
+                f"The augmentation `{string}` has `{section}`, which timm's `{policy}` cannot read; every part is a letter and a number "
+                "behind a dash, such as `rand-m9-n2`."
+            )
+    values = {match[1]: int(match[2]) for match in (re.fullmatch(r"(m|mmax)(\d+)", section) for section in sections) if match}
+    if policy == "rand" and values.get("m", 10) > (most := values.get("mmax", 10)):
+        raise BadRequest(
+            f"The augmentation `{string}` has magnitude {values['m']} and timm cuts it down to {most}; write "
+            f"`{re.sub(r'-mmax[0-9]+', '', string)}-mmax{values['m']}`."
+        )
 
 
 @dataclass(frozen=True)
@@ -66,14 +98,24 @@ class Crop:
     smallest: float
 
     def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
-        rng = random.Random(seed)
-        height, width = image_CHW.shape[1:]
-        area, aspect = height * width * rng.uniform(self.smallest, 1.0), 2 ** rng.uniform(-LOG2_WIDEST, LOG2_WIDEST)
-        tall, wide = min(height, max(1, round((area / aspect) ** 0.5))), min(width, max(1, round((area * aspect) ** 0.5)))
-        top, left = rng.randint(0, height - tall), rng.randint(0, width - wide)
+        top, left, tall, wide = self.box(image_CHW.shape[1], image_CHW.shape[2], random.Random(seed))
         size, interpolation = [self.preprocess.size] * 2, InterpolationMode(self.preprocess.interpolation)
         cut: Tensor = images.resized_crop(image_CHW, top, left, tall, wide, size, interpolation, antialias=True)
         return cut
+
+    def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop, in pixels, by torchvision's rule for RandomResizedCrop: an area and an aspect are drawn
+        until they fit into the image; where they do not, a central crop. Unlike torchvision's, none is ever below the share: a long
+        image's central crop is longer than the widest aspect, if need be."""
+        least = self.smallest * height * width
+        for _ in range(TRIES):
+            area, aspect = height * width * rng.uniform(self.smallest, 1.0), 2 ** rng.uniform(-LOG2_WIDEST, LOG2_WIDEST)
+            tall, wide = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+            if tall <= height and wide <= width and tall * wide >= least:
+                return rng.randint(0, height - tall), rng.randint(0, width - wide), tall, wide
+        tall = min(height, max(round(width * 4 / 3), math.ceil(least / width)))
+        wide = min(width, max(round(height * 4 / 3), math.ceil(least / height)))
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
 @dataclass(frozen=True)
@@ -114,7 +156,7 @@ class Stochastic:
     @cached_property
     def _levels(self) -> dict[tuple[int, int], TimmPolicy]:
         levels = [(magnitude, operations) for magnitude in range(21) for operations in range(3)]
-        return {(m, n): TimmPolicy(self.preprocess, self.smallest, f"rand-m{m}-n{n}") for m, n in levels}
+        return {(m, n): TimmPolicy(self.preprocess, self.smallest, f"rand-m{m}-n{n}-p1-mmax20") for m, n in levels}
 
     def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
         rng = random.Random(seed)

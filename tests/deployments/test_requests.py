@@ -32,7 +32,7 @@ def test_the_random_search_stays_in_the_published_ranges():
         assert 0 <= one.label_smoothing <= 0.25
         assert 4 <= one.epochs <= 16
         assert 0 <= one.mixup <= 0.9
-        assert one.augmentation == "minimal" or one.augmentation in {f"rand-m{m}-n{n}" for m in range(21) for n in range(3)}
+        assert one.augmentation == "minimal" or one.augmentation in {f"rand-m{m}-n{n}-p1-mmax20" for m in range(21) for n in range(3)}
         assert (one.optimiser, one.schedule, one.batch_size, one.warmup_steps, one.clip_norm) == ("adamw", "cosine", 512, 500, 1.0)
 
 

@@ -6,10 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stockpot.errors import BadRequest
 from stockpot.preparation import Preprocess
-from stockpot.training.augmentation import augmentation, seeded
+from stockpot.training.augmentation import Crop, TimmPolicy, augmentation, seeded
 
 PREPROCESS = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
 IMAGE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 21, 30), np.uint8))
@@ -41,6 +43,66 @@ def test_the_smallest_crop_is_obeyed():
     cut = [int(image[0].float().amax() - image[0].float().amin()) for image in (tiny(plain, seed) for seed in range(20))]
     assert min(spans) > 150
     assert min(cut) < 100
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 600), st.integers(1, 600), st.floats(0.01, 1.0), st.integers(0, 2**63))
+def test_no_crop_is_below_the_share_or_outside_the_image(height, width, smallest, seed):
+    top, left, tall, wide = Crop(PREPROCESS, smallest).box(height, width, random.Random(seed))
+    assert tall * wide >= smallest * height * width
+    assert 0 <= top <= height - tall
+    assert 0 <= left <= width - wide
+
+
+def test_a_crop_is_as_wide_as_torchvision_allows_where_the_share_does_not_need_more():
+    assert Crop(PREPROCESS, 0.1).box(30, 3000, random.Random(0))[2:] == (30, 300)  # the share needs more than 4:3
+    assert Crop(PREPROCESS, 0.9).box(333, 500, random.Random(0))[2:] == (333, 450)
+    square = [Crop(PREPROCESS, 0.5).box(100, 100, random.Random(seed)) for seed in range(50)]
+    assert all(3 / 4 - 0.02 < wide / tall < 4 / 3 + 0.02 for _, _, tall, wide in square)
+    assert len(set(square)) == 50
+
+
+def test_magnitudes_above_ten_are_real_and_every_operation_is_applied():
+    def drawn(name):
+        augment = augmentation(name, PREPROCESS, smallest_crop=1.0)
+        return torch.stack([augment(IMAGE, seed) for seed in range(40)])
+
+    ten, fifteen = drawn("rand-m10-n2-p1-mmax20"), drawn("rand-m15-n2-p1-mmax20")
+    assert (ten != fifteen).flatten(1).any(dim=1).float().mean() > 0.5
+    assert torch.equal(drawn("strong"), fifteen)
+    untouched = drawn("rand-m10-n0")
+    changed = [(drawn(name) != untouched).flatten(1).any(dim=1).float().mean() for name in ("rand-m15-n1-mmax15", "rand-m15-n1-p1-mmax15")]
+    assert changed[0] < 0.75 < changed[1]
+
+
+def test_stochastic_reaches_every_magnitude_of_the_paper():
+    policies = [one.policy for one in augmentation("stochastic", PREPROCESS)._levels.values()]
+    made = [TimmPolicy(PREPROCESS, 0.08, policy)._transform.transforms[2].ops[0] for policy in policies]
+    assert {(op.magnitude, op.prob, op.magnitude_max) for op in made} == {(m, 1.0, 20) for m in range(21)}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rand-9-n2", "has `9`, which timm's `rand` cannot read"),
+        ("rand-m9n2", "has `m9n2`, which timm's `rand` cannot read"),
+        ("rand-strong", "has `strong`, which"),
+        ("rand-m9-tweighted", "has `tweighted`, which"),
+        ("rand-m", "has `m`, which"),
+        ("augmix-n2", "has `n2`, which timm's `augmix` cannot read"),
+        ("v0-m5", "has `m5`, which timm's `v0` cannot read"),
+        ("rand-m15-n2", "has magnitude 15 and timm cuts it down to 10; write `rand-m15-n2-mmax15`"),
+        ("rand-m15-mmax12-n2", "cuts it down to 12; write `rand-m15-n2-mmax15`"),
+    ],
+)
+def test_a_string_timm_would_misread_is_refused(name, said):
+    with pytest.raises(BadRequest, match=said):
+        augmentation(name, PREPROCESS)
+
+
+@pytest.mark.parametrize("name", ["rand", "rand-m9-mstd0.5-inc1-tweights", "augmix-m5-w4-d2-b1-a0.5", "original-mstd0.5", "v0", "3a"])
+def test_what_timm_can_read_is_taken(name):
+    assert augmentation(name, PREPROCESS)(IMAGE, 1).shape == (3, 16, 16)
 
 
 def test_seeding_leaves_the_global_generators_as_they_were():

@@ -16,6 +16,7 @@ from stockpot.training.rehearsal import rehearse
         ),
         ({"frozen": ["*"]}, "leaves no parameter to train"),
         ({"augmentation": "maximal"}, "no augmentation `maximal`"),
+        ({"augmentation": "rand-9-n2"}, "has `9`, which timm's `rand` cannot read"),
         ({"last_epoch_augmentation": "minimum"}, "no augmentation `minimum`"),
         ({"loss": "hinge"}, "no loss `hinge`"),
         ({"loss": "torch.nn.functional:cross_entropyy"}, "no loss `torch.nn.functional:cross_entropyy`.*has no attribute"),
