@@ -36,7 +36,7 @@ from stockpot.config import BaseSpec, Init, InitSpec, PinnedSnapshot, SweepSpec
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot, pin
 from stockpot.digests import short
-from stockpot.evaluation import logits, normalise
+from stockpot.evaluation import logits, normalise, right
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, GreedyStep
@@ -45,7 +45,6 @@ from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor
 from stockpot.soup.recipes.greedy import Accept, greedy
 from stockpot.soup.recipes.weights import Weights, open_weights
-from stockpot.soup.statistics import right
 from stockpot.sweeps import draw
 from stockpot.training import inits
 from stockpot.training.course import fine_tune

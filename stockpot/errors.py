@@ -45,6 +45,10 @@ class ServerUnreachable(Transient):
     """Prefect, MLflow or the object store does not answer."""
 
 
+class ServerRefused(StockpotError):
+    """A server answers, and does not let this user in."""
+
+
 class DeviceBusy(Transient):
     """Every GPU of the node is held by another trial."""
 

@@ -114,17 +114,23 @@ def _in_batches(
     return torch.cat(rows)
 
 
+def right(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Which samples a model gets right: bool (N,). The first of equal logits is the answer, and a row with a NaN has none."""
+    return (logits_NC.argmax(dim=1) == labels_N) & ~logits_NC.isnan().any(dim=1)
+
+
 def accuracy(logits_NC: Tensor, labels_N: np.ndarray | Tensor, metric: Metric = "accuracy") -> Accuracy:
     """Top-1 accuracy as counts, beside it another metric if one is asked for; the first of equal logits is the answer, as in `argmax`."""
     labels = torch.as_tensor(np.asarray(labels_N))
     if len(labels) != len(logits_NC):
         raise ValueError(f"{len(logits_NC)} rows of logits for {len(labels)} labels")
-    answers = logits_NC.argmax(dim=1)
-    counts = Accuracy(correct=int((answers == labels).sum()), seen=len(labels))
+    hits = right(logits_NC, labels)
+    counts = Accuracy(correct=int(hits.sum()), seen=len(labels))
     if metric == "accuracy":
         return counts
     classes = logits_NC.shape[1]
-    true_C, told_C, right_C = (torch.bincount(one, minlength=classes).double() for one in (labels, answers, labels[answers == labels]))
+    answers = logits_NC.argmax(dim=1)[~logits_NC.isnan().any(dim=1)]
+    true_C, told_C, right_C = (torch.bincount(one, minlength=classes).double() for one in (labels, answers, labels[hits]))
     return counts.model_copy(update={"other": round(float(OTHERS[metric](true_C, told_C, right_C)), 12)})
 
 

@@ -16,8 +16,10 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.tracking._tracking_service.utils import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
-from stockpot.errors import ServerUnreachable, SweepMissing
+from stockpot.errors import BadRequest, ServerRefused, ServerUnreachable, SweepMissing
 
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
@@ -27,6 +29,10 @@ PATIENCE = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """MLflow's client settings, where the environment does not say otherwise: 14 s of retries; 60 s for a server that stores a large file."""
+
+
+REFUSALS = (401, 403)
+"""HTTP's ways to say that this user may not."""
 
 
 def address() -> str:
@@ -53,7 +59,8 @@ def client() -> MlflowClient:
 
 
 def check_server(timeout_s: float = 4.0) -> None:
-    """Raises `ServerUnreachable` within `timeout_s` unless the server at `MLFLOW_TRACKING_URI` says it is healthy."""
+    """Raises `ServerUnreachable` within some `timeout_s` unless the server at `MLFLOW_TRACKING_URI` says it is healthy, `ServerRefused`
+    unless it lets this user in."""
     uri = address()
     if not uri.startswith(("http://", "https://")):
         return
@@ -61,20 +68,31 @@ def check_server(timeout_s: float = 4.0) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=timeout_s).raise_for_status()
     except requests.RequestException as error:
         raise ServerUnreachable(f"{_silent(uri)} ({error})") from error
+    with asking():
+        answer = http_request(
+            get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search?max_results=1", "GET", timeout=timeout_s, max_retries=0
+        )
+    if answer.status_code in REFUSALS:
+        raise _refused(answer.status_code)
 
 
 @contextmanager
 def asking() -> Iterator[None]:
-    """A server that does not answer, or fails while it does, becomes `ServerUnreachable`; one that refuses stays an `MlflowException`."""
+    """A server that does not answer, or fails while it does, becomes `ServerUnreachable`; one that does not let this user in
+    `ServerRefused`; what it refuses for another reason stays an `MlflowException`."""
     try:
         yield
     except RestException as error:
-        if error.get_http_status_code() < 500:
+        if (status := error.get_http_status_code()) in REFUSALS:
+            raise _refused(status) from error
+        if status < 500:
             raise
         raise ServerUnreachable(f"{_silent(address())} ({str(error).splitlines()[0][:200]})") from error
     except (MlflowException, requests.RequestException) as error:
         if isinstance(error, MlflowException) and "API request to" not in str(error):
             raise
+        if refused := next((status for status in REFUSALS if f"failed with error code {status} " in str(error)), None):
+            raise _refused(refused) from error
         raise ServerUnreachable(f"{_silent(address())} ({str(error).splitlines()[0][:200]})") from error
 
 
@@ -103,7 +121,14 @@ def create_child(model: str, name: str, kind: str, sweep_id: str, tags: dict[str
 
 def of_kind(kind: str, sweep_id: str) -> str:
     """The filter for a sweep's runs of one kind: sweep, trial or soup."""
-    return f"tags.`stockpot.kind` = '{kind}' and tags.`stockpot.sweep` = '{sweep_id}'"
+    return f"tags.`stockpot.kind` = '{kind}' and tags.`stockpot.sweep` = {quoted(sweep_id)}"
+
+
+def quoted(text: str) -> str:
+    """A string as MLflow's filters take it. They have no escapes: raises `BadRequest` for what no filter can hold."""
+    if "'" in text and '"' in text:
+        raise BadRequest(f"There is nothing called {text}: names hold one kind of quotation mark at the most. Correct the name.")
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def find_run(model: str, kind: str, sweep_id: str, more: str = "") -> Run | None:
@@ -153,3 +178,11 @@ def read_file(mlflow_run_id: str, name: str) -> bytes:
 
 def _silent(uri: str) -> str:
     return f"No MLflow server answers at MLFLOW_TRACKING_URI={uri}; start it (`stockpot stack up` for the local one) or correct the address"
+
+
+def _refused(status: int) -> ServerRefused:
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return ServerRefused(
+        f"MLflow at {address()} refused access (HTTP {status}, {f'user {user}' if user else 'no user name given'}); set "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to someone who may use it."
+    )

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging
-from stockpot.ledger.connection import address, asking, client, experiment, search_models
+from stockpot.ledger.connection import address, asking, client, experiment, quoted, search_models
 from stockpot.outcomes import GateDecision, ModelVersion, Scores, VersionSummary, soup_id
 
 ALIASES = ("champion", "challenger", "previous")
@@ -100,7 +100,7 @@ def read_version(model: str, number: int) -> ModelVersion:
 def list_versions(model: str | None = None) -> list[VersionSummary]:
     """Every version that Stockpot registered, of all models or of one, newest first."""
     with asking():
-        condition = f"name = '{model}' and " if model else ""
+        condition = f"name = {quoted(model)} and " if model else ""
         found = list(client().search_model_versions(f"{condition}tags.`stockpot.soup_sha256` LIKE '%'"))
     named = {name: aliases(name) for name in {str(one.name) for one in found}}
     return [
@@ -135,7 +135,7 @@ def resolve(name: str) -> ModelVersion:
 def no_version(model: str, alias: str) -> RegistryError:
     """The sentence for an alias that points nowhere."""
     with asking():
-        numbers = sorted(int(found.version) for found in client().search_model_versions(f"name = '{model}'"))
+        numbers = sorted(int(found.version) for found in client().search_model_versions(f"name = {quoted(model)}"))
     if not numbers:
         return RegistryError(
             f"The registry at {address()} has no version of {model}; `stockpot status` lists the sweeps, "
@@ -287,7 +287,7 @@ def _create_model(model: str) -> None:
 
 
 def _versions(model: str, soup_sha256: str) -> list[int]:
-    condition = f"name = '{model}' and tags.`stockpot.soup_sha256` = '{soup_sha256}'"
+    condition = f"name = {quoted(model)} and tags.`stockpot.soup_sha256` = '{soup_sha256}'"
     return [int(found.version) for found in client().search_model_versions(condition)]
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from stockpot.config import GateSpec, PinnedSnapshot, Sweep
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
-from stockpot.evaluation import accuracy, logits
+from stockpot.evaluation import accuracy, logits, right
 from stockpot.fields import Metric
 from stockpot.models.classifier import ModelConfig
 from stockpot.models.folders import probes, read_model
 from stockpot.outcomes import ModelVersion
 from stockpot.release.judging import Answers, Contender, Evidence, Side, incomparable
-from stockpot.soup.statistics import calibration_error, right
+from stockpot.soup.statistics import calibration_error
 
 PAIRS = 15
 """Paired timings of one image; their median shrugs off a busy moment."""

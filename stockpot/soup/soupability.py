@@ -126,6 +126,8 @@ def check_accuracy(candidate: Candidate, labels_N: np.ndarray, transform_digest:
         return f"It was scored on images prepared another way ({ingredient.transform_digest}, the sweep's is {transform_digest})."
     if len(candidate.logits) != len(labels_N):
         return f"It has {len(candidate.logits)} held-out logits, the split has {len(labels_N)} samples."
+    if silent := int((~candidate.logits.isfinite().all(dim=1)).sum()):
+        return f"It has no answer to {silent} of {len(labels_N)} held-out samples: its logits there are no numbers."
     found = accuracy(candidate.logits, labels_N)
     return (
         None

@@ -19,6 +19,7 @@ from torch import Tensor
 from stockpot.checkpoints import save_weights
 from stockpot.config import Sweep
 from stockpot.digests import canonical
+from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Accuracy, Calibration, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture
@@ -29,7 +30,7 @@ from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked, shuffled
 from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.soupability import Pool, check_accuracy, gather
-from stockpot.soup.statistics import calibration_error, right, temperature
+from stockpot.soup.statistics import calibration_error, temperature
 
 Say = Callable[[str], None]
 

@@ -9,10 +9,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional
 
-
-def right(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """Which samples a model gets right: bool (N,). The first of equal logits is the answer, and a row with a NaN is wrong."""
-    return (logits_NC.argmax(dim=1) == labels_N) & ~logits_NC.isnan().any(dim=1)
+from stockpot.evaluation import right
 
 
 def mcnemar(right_before_N: Tensor, right_after_N: Tensor) -> float:
@@ -37,9 +34,11 @@ def bootstrap(
 
 
 def calibration_error(logits_NC: Tensor, labels_N: Tensor, *, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean gap of confidence and accuracy over equal-width bins. A row with
-    a NaN is an answer without confidence."""
-    confidence_N = logits_NC.double().softmax(dim=1).amax(dim=1).nan_to_num(0.0)
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean gap of confidence and accuracy over equal-width bins.
+
+    A row with a NaN counts as an answer that is certain and wrong.
+    """
+    confidence_N = logits_NC.double().softmax(dim=1).amax(dim=1).nan_to_num(nan=1.0)
     bin_N = (confidence_N * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64)
     gaps.index_add_(0, bin_N, right(logits_NC, labels_N).double() - confidence_N)
@@ -47,9 +46,11 @@ def calibration_error(logits_NC: Tensor, labels_N: Tensor, *, bins: int = 15) ->
 
 
 def temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
-    """The temperature in [0.05, 20] that minimises the cross-entropy of logits / temperature, over the rows that are numbers."""
-    told_N = logits_NC.isfinite().all(dim=1)
-    logits_NC, labels_N = logits_NC[told_N], labels_N[told_N]
+    """The temperature in [0.05, 20] that minimises the cross-entropy of logits / temperature; rows with a NaN are left out."""
+    sound_N = ~logits_NC.isnan().any(dim=1)
+    logits_NC, labels_N = logits_NC[sound_N], labels_N[sound_N]
+    if not len(labels_N):
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         return float(functional.cross_entropy(logits_NC.double() / np.exp(log_temperature), labels_N))

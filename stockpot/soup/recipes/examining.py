@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stockpot.evaluation import right
 from stockpot.outcomes import Accuracy
-from stockpot.soup.statistics import right
 
 Predict = Callable[[Tensor], Tensor]
 """Sample numbers, int64 (B,), to logits (B, C). A sample's logits must not depend on its block."""

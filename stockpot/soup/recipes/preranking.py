@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stockpot.soup.statistics import right
+from stockpot.evaluation import right
 
 # N samples of held_out, C classes
 

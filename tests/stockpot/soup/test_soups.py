@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import IngredientMismatch
+from stockpot.evaluation import right
 from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes import averaging
 from stockpot.soup.recipes.averaging import CHUNK, _sample, average, first_non_finite
@@ -22,7 +23,6 @@ from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffle
 from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.recipes.weights import Weights, open_weights
-from stockpot.soup.statistics import right
 
 State = dict[str, Tensor]
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stockpot.soup.statistics import bootstrap, calibration_error, mcnemar, right, temperature
+from stockpot.evaluation import accuracy, right
+from stockpot.outcomes import Accuracy
+from stockpot.soup.statistics import bootstrap, calibration_error, mcnemar, temperature
 
 
 def counted(won: int, lost: int) -> float:
@@ -34,6 +36,17 @@ def test_rows_that_are_no_numbers_spoil_neither_calibration_nor_temperature() ->
     labels = torch.tensor([0, 1, 0])
     assert temperature(logits, labels) == temperature(logits[:2], labels[:2])
     assert abs(calibration_error(logits, labels) - 2 / 3 * calibration_error(logits[:2], labels[:2])) < 1e-12
+
+
+def test_a_row_that_is_no_number_is_an_answer_that_is_wrong() -> None:
+    nan = float("nan")
+    logits, labels = torch.tensor([[nan, nan], [nan, 3.0], [4.0, 0.0]]), torch.tensor([0, 1, 0])
+    assert right(logits, labels).tolist() == [False, False, True]
+    assert accuracy(logits, labels) == Accuracy(correct=1, seen=3)
+    assert abs(accuracy(logits, labels, "macro_f1").other - 1 / 3) < 1e-9  # class 0: 1 of 2 found; class 1: 0 of 1
+    assert calibration_error(logits, labels) > 0.6
+    assert temperature(logits, labels) == temperature(logits[2:], labels[2:])
+    assert temperature(logits[:2], labels[:2]) == 1.0
 
 
 def test_the_bootstrap_interval_is_that_of_resampled_pairs() -> None:
