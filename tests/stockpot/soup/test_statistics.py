@@ -31,13 +31,6 @@ def test_the_first_of_equal_logits_is_the_answer() -> None:
     assert right(torch.tensor([[nan, 0.0], [0.0, nan], [nan, nan]]), torch.tensor([0, 1, 0])).tolist() == [False] * 3
 
 
-def test_rows_that_are_no_numbers_spoil_neither_calibration_nor_temperature() -> None:
-    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [float("nan"), 0.0]])
-    labels = torch.tensor([0, 1, 0])
-    assert temperature(logits, labels) == temperature(logits[:2], labels[:2])
-    assert abs(calibration_error(logits, labels) - 2 / 3 * calibration_error(logits[:2], labels[:2])) < 1e-12
-
-
 def test_a_row_that_is_no_number_is_an_answer_that_is_wrong() -> None:
     nan = float("nan")
     logits, labels = torch.tensor([[nan, nan], [nan, 3.0], [4.0, 0.0]]), torch.tensor([0, 1, 0])
