@@ -157,11 +157,12 @@ def _figures(steps: Sequence[GreedyStep], accept: Accept, suffix: str, trials: i
     share = sum(step.examined for step in steps[1:]) / (seen * (trials - 1))
     kept = sum(step.kept for step in steps)
     what = {"repeats": 1, "trials": trials, "kept": kept, "samples": seen, "best_single": steps[0].after.value}
+    rejected = {
+        "ratio": round(statistics.fmean(over), 3), "unit": "samples looked at / least possible", "peer": "certificate floor",
+        "spread": [round(min(over), 3), round(max(over), 3)], **what,
+    } if over else None  # fmt: skip
     return {
-        f"soup.rejected_over_floor{suffix}": {
-            "ratio": round(statistics.fmean(over), 3), "unit": "samples looked at / least possible", "peer": "certificate floor",
-            "spread": [round(min(over), 3), round(max(over), 3)], **what,
-        },
+        **({f"soup.rejected_over_floor{suffix}": rejected} if rejected else {}),
         f"soup.greedy_forward_share{suffix}": {
             "ratio": round(share, 3), "unit": "samples looked at / plain loop", "peer": "reference greedy loop",
             "spread": [round(share, 3)] * 2, "floor": round(least / (trials - 1), 3), "wall_ratio": round(wall, 2), **what,
