@@ -1,5 +1,5 @@
 """Points on their way to a server that may be slow or gone: written to a local file first, sent from a thread, kept until the server
-has acknowledged them. The caller never waits and never sees an error of the network.
+has acknowledged them. The caller never waits and never sees an error of the network, nor of a full disk: points then wait in memory alone.
 
 The file is locked while its process lives, so that another may deliver what a dead one left. Ignores what a point means; `send` must be
 idempotent, because a batch whose answer was lost is sent again.
@@ -9,6 +9,7 @@ import fcntl
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +44,14 @@ class Spool:
         self._send = send
         self._every_s = every_s
         self._waiting: list[Point] = []
+        self._unwritten = 0
+        self.lost = 0
+        """After `close`: points that are neither acknowledged nor in the file."""
         self._lock = threading.Lock()
         self._delivering = threading.Lock()
         self._closing = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         self._thread = threading.Thread(target=self._run, name="stockpot-spool", daemon=True)
         self._thread.start()
@@ -55,9 +59,12 @@ class Spool:
     def add(self, points: list[Point]) -> None:
         """Keep the points and return at once."""
         with self._lock:
-            self._file.write("".join(json.dumps(point) + "\n" for point in points))
-            self._file.flush()
             self._waiting.extend(points)
+            lines = "".join("\n" + json.dumps(point) for point in points).encode()  # the break first: one cut off harms no later line
+            with suppress(OSError):
+                if self._file.write(lines) == len(lines):
+                    return
+            self._unwritten += len(points)
 
     def close(self, timeout_s: float = 30.0) -> int:
         """Try to deliver what is left for at most `timeout_s`; returns the points still not acknowledged (their file then stays)."""
@@ -65,6 +72,7 @@ class Spool:
         self._thread.join(timeout_s)
         with self._lock:
             left = len(self._waiting)
+            self.lost = min(left, self._unwritten)
             if left == 0:
                 self._path.unlink(missing_ok=True)
             self._file.close()
@@ -107,6 +115,9 @@ def replay(path: Path, send: Send) -> int:
 
 
 def _read(path: Path) -> list[Point]:
-    """The points of a spool file; a last line cut off by a crash is left out."""
-    lines = path.read_text().split("\n")
-    return [Point(*json.loads(line)) for line in lines[:-1] if line]
+    """The points of a spool file; a line cut off by a crash or a full disk is left out."""
+    points = []
+    for line in path.read_text().split("\n"):
+        with suppress(ValueError, TypeError):
+            points.append(Point(*json.loads(line)))
+    return points

@@ -3,6 +3,8 @@ told in `tracking`.
 """
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +12,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException, RestException
 
 from stockpot.config import Trial
 from stockpot.digests import file_digest
@@ -27,11 +29,14 @@ class TrialLog:
     interruption. A further attempt reopens the run of the first one, and from then on it alone says how the run ends. Metrics never stall
     or stop the trial: see `spool`.
 
-    attempt: counts from 1. Raises `ServerUnreachable` on entering, before anything was computed.
+    attempt: counts from 1. say: called with a line for what was lost. Raises `ServerUnreachable` on entering, before anything was computed.
     """
 
-    def __init__(self, trial: Trial, flow_run_id: str | None = None, attempt: int = 1) -> None:
+    def __init__(
+        self, trial: Trial, flow_run_id: str | None = None, attempt: int = 1, say: Callable[[str], None] = lambda _line: None
+    ) -> None:
         self.trial = trial
+        self._say = say
         self._writer = uuid4().hex
         self._tags = {"stockpot.attempt": str(attempt), "stockpot.writer": self._writer, **flow_tags(flow_run_id)}
 
@@ -54,6 +59,8 @@ class TrialLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._sampler.close()
         left = self._spool.close()
+        if lost := self._spool.lost:
+            self._say(f"{lost} points of trial {self.trial.id} were lost: the node's disk took none and the ledger did not answer in time")
         interrupted = isinstance(error, BudgetSpent) or not isinstance(error, Exception)
         status = "FINISHED" if error is None else "KILLED" if interrupted else "FAILED"
         reason = "" if error is None else (str(error) or type(error).__name__)[:5000]
@@ -137,9 +144,14 @@ class TrialLog:
 
 def replay_metrics() -> int:
     """Deliver what ended trials on this node could not, and return how many points that was. Points of a run that this server does not
-    know wait for the server that does. Raises `ServerUnreachable`."""
-    waiting = [path for path in sorted(_spool_folder().glob("*.jsonl")) if _known(_run_of(path))]
-    return sum(replay(path, partial(_send_points, _run_of(path))) for path in waiting)
+    know wait for the server that does, and what cannot be read or sent now waits for the next trial: it is not this one's."""
+    return sum(_replayed(path) for path in sorted(_spool_folder().glob("*.jsonl")))
+
+
+def _replayed(path: Path) -> int:
+    with suppress(ServerUnreachable, OSError):
+        return replay(path, partial(_send_points, _run_of(path))) if _known(_run_of(path)) else 0
+    return 0
 
 
 def _run_of(path: Path) -> str:
@@ -161,5 +173,8 @@ def _spool_folder() -> Path:
 
 
 def _send_points(mlflow_run_id: str, points: list[Point]) -> None:
-    with asking():
-        client().log_batch(mlflow_run_id, metrics=[Metric(*point) for point in points])
+    try:
+        with asking():
+            client().log_batch(mlflow_run_id, metrics=[Metric(*point) for point in points])
+    except MlflowException as error:  # too many requests, a token that is being exchanged: not stored, so kept and sent again
+        raise ServerUnreachable(f"The ledger refuses points of run {mlflow_run_id} ({str(error).splitlines()[0][:200]}).") from error

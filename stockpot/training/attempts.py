@@ -18,7 +18,7 @@ from stockpot import storage
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import Trial
 from stockpot.digests import canonical
-from stockpot.errors import BadRequest, ObjectExists, TrialFailed
+from stockpot.errors import BadRequest, ObjectExists, ObjectMissing, TrialFailed
 
 State = dict[str, Tensor]
 
@@ -53,10 +53,17 @@ class Attempt:
 
     def resume(self) -> State | None:
         """The furthest committed state, None when there is none. Raises `BadRequest` when it belongs to another snapshot or init."""
-        markers = self._markers()
-        if not markers:
-            return None
-        marker = json.loads(storage.read_bytes(markers[-1]))
+        while markers := self._markers():
+            try:
+                return self._read(markers[-1])
+            except ObjectMissing:
+                if markers == self._markers():
+                    raise  # nobody moved on: a part of this state is lost
+        return None
+
+    def _read(self, furthest: str) -> State:
+        """The state of that marker. Raises `ObjectMissing` when an earlier attempt, still at work, has just put another in its place."""
+        marker = json.loads(storage.read_bytes(furthest))
         for name, wanted in self._identity().items():
             if marker[name] != wanted:
                 raise BadRequest(
@@ -65,7 +72,7 @@ class Attempt:
                 )
         with TemporaryDirectory(prefix="stockpot-state-") as folder:
             path = Path(folder) / "state.safetensors"
-            storage.download(markers[-1].removesuffix(".json") + ".safetensors", path, marker["sha256"])
+            storage.download(furthest.removesuffix(".json") + ".safetensors", path, marker["sha256"])
             return load_weights(path)
 
     def save_when_due(self, step: int, state: Callable[[], State]) -> None:

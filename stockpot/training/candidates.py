@@ -14,6 +14,8 @@ from stockpot.outcomes import Accuracy
 
 Weights = dict[str, Tensor]
 State = dict[str, Tensor]
+FINISHED = 99_999_999
+"""The step of a state whose training has ended, beyond any that is trained: resumed, it only hands over its candidates."""
 Score = Callable[[nn.Module], Accuracy]
 """A model's accuracy on held_out."""
 
@@ -57,19 +59,19 @@ class Best:
 
     def __init__(self) -> None:
         self.found: dict[float, Candidate] = {}
-        self._correct: dict[float, int] = {}
+        self.correct: dict[float, int] = {}
 
     def offer(self, decay: float, step: int, correct: int, model: nn.Module) -> None:
         """Keep the weights the model has now if none before had as many right answers."""
-        if correct > self._correct.get(decay, -1):
-            self.found[decay], self._correct[decay] = Candidate(on_cpu(model), step), correct
+        if correct > self.correct.get(decay, -1):
+            self.found[decay], self.correct[decay] = Candidate(on_cpu(model), step), correct
 
     def state(self) -> State:
         """As part of a training state."""
         state: State = {}
         for decay, one in self.found.items():
             state[f"best.{decay!r}.step"] = torch.tensor(one.step)
-            state[f"best.{decay!r}.correct"] = torch.tensor(self._correct[decay])
+            state[f"best.{decay!r}.correct"] = torch.tensor(self.correct[decay])
             state |= {f"best.{decay!r}.weights.{name}": tensor for name, tensor in one.weights.items()}
         return state
 
@@ -79,7 +81,18 @@ class Best:
             found = below(state, f"best.{decay!r}.")
             if found:
                 self.found[decay] = Candidate(below(found, "weights."), int(found["step"]))
-                self._correct[decay] = int(found["correct"])
+                self.correct[decay] = int(found["correct"])
+
+
+def finished(candidates: dict[float, Candidate]) -> State:
+    """What a training came to, as a training state."""
+    best = Best()
+    for decay, one in candidates.items():
+        best.found[decay], best.correct[decay] = one, 0
+    state: State = {"step": torch.tensor(FINISHED), **best.state()}
+    for decay, one in candidates.items():
+        state |= {f"ema.{decay!r}.{name}" if decay else f"model.{name}": tensor for name, tensor in one.weights.items()}
+    return state
 
 
 @contextmanager

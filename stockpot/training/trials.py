@@ -19,6 +19,7 @@ from stockpot.config import Trial
 from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.digests import canonical
+from stockpot.errors import ServerUnreachable
 from stockpot.evaluation import accuracy, logits
 from stockpot.ledger import tracking
 from stockpot.ledger.trial_log import TrialLog, replay_metrics
@@ -28,21 +29,25 @@ from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
 from stockpot.training import inits
 from stockpot.training.attempts import Attempt
-from stockpot.training.candidates import Candidate
+from stockpot.training.candidates import FINISHED, Candidate, finished
 from stockpot.training.course import Start, train_on_place
 from stockpot.training.preemption import deferred_sigterm
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trainer import Log
 
 Say = Callable[[str], None]
+PATIENCE_S = 600.0
+"""How long a finished training waits for a ledger that does not answer: a restart, or an upgrade of its database."""
+ASK_EVERY_S = 5.0
 
 
 def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1, say: Say) -> Ingredient:
     """Run the trial and record its ingredient, or return the one the ledger holds.
 
-    An interrupted trial goes on from its last training state. say: called with one line per event. Raises `TrialFailed` (`NonFinite`)
-    when training fails by its own fault, `ModelError` when the init is not the one the trial was drawn for, `BudgetSpent`, the state saved,
-    at the end of `budget_s`, and whatever the data or the ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
+    An interrupted trial goes on from its last training state; one that ends while the ledger is gone saves what it trained, and waits.
+    say: called with one line per event. Raises `TrialFailed` (`NonFinite`) when training fails by its own fault, `ModelError` when the
+    init is not the one the trial was drawn for, `BudgetSpent`, the state saved, at the end of `budget_s`, and whatever the data or the
+    ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
     """
     done = tracking.find_ingredient(trial.model, trial.id)
     if done is not None:
@@ -55,7 +60,7 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     snapshot = open_snapshot(trial.snapshot)
     snapshot.require_classes(config.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with TrialLog(trial, flow_run_id, attempt) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
+    with TrialLog(trial, flow_run_id, attempt, say) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
         log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest})
         log.params({"device": device, "gpus": trial.gpus})
         hold = Attempt(trial)
@@ -70,7 +75,8 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
             place = Path(folder) / name
             _write_ingredient(place, trial, decay, model, logits_NC, held_out)
             hold.require_hold()
-            ingredient = tracking.find_ingredient(trial.model, name) or log.record_ingredient(
+            record = partial(
+                log.record_ingredient,
                 place,
                 score,
                 transform_digest=held_out.transform_digest,
@@ -78,10 +84,33 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
                 step=candidate.step,
                 ema_decay=decay,
             )
+            ingredient = _patiently(partial(_found_or_recorded, trial.model, name, record), hold, candidates, say)
             say(f"trial {trial.index:02d} {name} held_out {score.value:.4f} ({score.correct} of {score.seen})")
         hold.finish()
         say(f"trial {trial.index:02d} {trial.id} finished in {time.monotonic() - began:.1f} s")
         return ingredient
+
+
+def _found_or_recorded(model: str, name: str, record: Callable[[], Ingredient]) -> Ingredient:
+    return tracking.find_ingredient(model, name) or record()
+
+
+def _patiently(work: Callable[[], Ingredient], hold: Attempt, candidates: dict[float, Candidate], say: Say) -> Ingredient:
+    """The work's result, tried again for `PATIENCE_S` while the ledger does not answer. The candidates are saved before the first wait, so
+    that a further attempt has nothing to train. Raises `ServerUnreachable` at the end of it."""
+    end = time.monotonic() + PATIENCE_S
+    saved = False
+    while True:
+        try:
+            return work()
+        except ServerUnreachable as error:
+            if not saved:
+                hold.save(FINISHED, finished(candidates))
+                saved = True
+                say(f"trial {hold.trial.index:02d} is trained and saved, and waits {PATIENCE_S:.0f} s for the ledger: {error}")
+            if time.monotonic() > end:
+                raise
+        time.sleep(ASK_EVERY_S)
 
 
 def _candidates(trial: Trial, hold: Attempt, start: Start, folder: Path, *, device: str, log: Log, say: Say) -> dict[float, Candidate]:

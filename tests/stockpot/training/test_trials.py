@@ -13,15 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stockpot import storage
 from stockpot.checkpoints import load_weights
 from stockpot.config import Trial
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.digests import file_digest, short
-from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, SnapshotBroken, TrialFailed
+from stockpot.errors import BadRequest, BudgetSpent, ModelError, NonFinite, ObjectMissing, ServerUnreachable, SnapshotBroken, TrialFailed
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
+from stockpot.ledger.trial_log import TrialLog
 from stockpot.settings import TrialSettings
 from stockpot.sweeps import UNTRAINED
+from stockpot.training import trials
 from stockpot.training.attempts import Attempt
 from stockpot.training.trials import run_trial
 from tests.mlflow_server import free_port, mlflow_server
@@ -93,6 +96,59 @@ def test_a_later_attempt_fences_off_the_earlier(ground, ledger, tmp_path):
     with pytest.raises(TrialFailed, match="was replaced by a later one"):
         early.save(3, {})
     assert late.resume() is None
+
+
+def test_an_earlier_attempt_that_still_saves_does_not_fail_the_later_one(ground, ledger, tmp_path, monkeypatch):
+    import torch
+
+    trial = trial_of(ground, "overtaken", tmp_path)
+    early = Attempt(trial)
+    early.save(3, {"step": torch.tensor(3)})
+    late, read = Attempt(trial), storage.read_bytes
+
+    def read_too_late(uri: str) -> bytes:
+        monkeypatch.setattr(storage, "read_bytes", read)
+        monkeypatch.setattr(early, "require_hold", lambda: None)  # it looked just before the later one came
+        early.save(4, {"step": torch.tensor(4)})
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_too_late)
+    state = late.resume()
+    assert state is not None
+    assert int(state["step"]) == 4
+    (weights,) = Path(late.root).glob("*.safetensors")
+    weights.unlink()
+    with pytest.raises(ObjectMissing):
+        late.resume()  # lost, not replaced
+
+
+def test_a_ledger_gone_at_the_end_costs_no_training(ground, ledger, tmp_path, monkeypatch):
+    settings = SETTINGS.model_copy(update={"epochs": 2, "evaluate_every_steps": 2, "ema_decays": (0.9,)})
+    alone = run_trial(trial_of(ground, "never-waited", tmp_path, settings), say=lambda _line: None)
+    trial, record, lines = trial_of(ground, "waited", tmp_path, settings), TrialLog.record_ingredient, []
+    silences = [2]
+
+    def silent_at_first(self, *args, **kwargs):
+        if silences[0]:
+            silences[0] -= 1
+            raise ServerUnreachable("No MLflow server answers")
+        return record(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrialLog, "record_ingredient", silent_at_first)
+    monkeypatch.setattr(trials, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(trials, "PATIENCE_S", 0.0)
+    with pytest.raises(ServerUnreachable):
+        run_trial(trial, say=lambda _line: None)
+    monkeypatch.setattr(trials, "PATIENCE_S", 60.0)
+    made = run_trial(trial, say=lines.append)
+    assert any("is trained and saved, and waits" in line for line in lines)
+    assert not any(" loss " in line for line in lines)
+    assert (made.weights_sha256, made.held_out) == (alone.weights_sha256, alone.held_out)
+    one, other = (tracking.find_ingredient(model, f"{trial.id}-ema-0.9") for model in ("never-waited", trial.model))
+    assert one
+    assert other
+    assert one.weights_sha256 == other.weights_sha256
+    assert list((tmp_path / "store").rglob("*.*")) == []
 
 
 @pytest.mark.parametrize("part", ["snapshot", "init"])
@@ -209,9 +265,10 @@ def test_a_killed_tracking_server_never_stops_training_and_loses_no_point(ground
         (server,) = [one for one in psutil.Process().children() if str(port) in one.cmdline()]
         os.killpg(server.pid, signal.SIGKILL)
     assert child.stdout is not None
-    assert " step 120 " in child.stdout.read()  # trained to its end with nobody to tell
-    assert child.wait(60) == 1
+    assert any("is trained and saved, and waits" in line for line in child.stdout)  # trained to its end with nobody to tell
+    assert child.poll() is None  # it waits, what it trained saved
     with mlflow_server(root, port):
+        assert child.wait(60) == 0
         ingredient = run_trial(trial, say=lambda _line: None)
         points = client().get_metric_history(ingredient.mlflow_run_id, "train/loss")
         assert sorted({point.step for point in points}) == list(range(10, 121, 10))

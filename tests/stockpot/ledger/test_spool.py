@@ -1,0 +1,79 @@
+"""Promise: points reach their server once it takes them, whatever it or the disk refused before, and what is lost is counted."""
+
+from pathlib import Path
+
+import pytest
+
+from stockpot.errors import ServerUnreachable
+from stockpot.ledger import trial_log
+from stockpot.ledger.spool import Point, Spool, replay
+
+POINTS = [Point("train/loss", 1.0 / step, step, step) for step in range(1, 6)]
+
+
+def refuse(_points: list[Point]) -> None:
+    raise ServerUnreachable("not now")
+
+
+def test_a_full_disk_neither_stops_the_caller_nor_loses_what_is_delivered(tmp_path: Path) -> None:
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    sent: list[Point] = []
+    spool = Spool(tmp_path / "full.jsonl", sent.extend)
+    spool.add(POINTS)
+    assert (spool.close(), spool.lost, sent) == (0, 0, POINTS)
+
+
+def test_what_neither_disk_nor_server_took_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    spool = Spool(tmp_path / "full.jsonl", refuse)
+    spool.add(POINTS)
+    assert (spool.close(), spool.lost) == (5, 5)
+
+
+def test_a_line_cut_off_costs_that_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    spool = Spool(path, refuse)
+    spool.add(POINTS[:2])
+    with path.open("a") as file:
+        file.write('\n["train/loss", 0.3')
+    spool.add(POINTS[2:])
+    assert (spool.close(), spool.lost) == (5, 0)
+    sent: list[Point] = []
+    assert replay(path, sent.extend) == 5
+    assert sent == POINTS
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("status", [401, 429, 400])
+def test_points_a_server_refuses_are_kept_and_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    from mlflow.exceptions import RestException
+
+    class Client:
+        calls = 0
+
+        def log_batch(self, _run: str, metrics: list[object]) -> None:
+            Client.calls += 1
+            if Client.calls == 1:
+                error = RestException({"error_code": "BAD_REQUEST", "message": "no"})
+                error.get_http_status_code = lambda: status  # type: ignore[method-assign]
+                raise error
+
+    monkeypatch.setattr(trial_log, "client", Client)
+    spool = Spool(tmp_path / "points.jsonl", lambda points: trial_log._send_points("run", points), every_s=0.01)
+    spool.add(POINTS)
+    assert spool._thread.is_alive()
+    while Client.calls < 2:
+        spool._thread.join(0.01)
+        assert spool._thread.is_alive()
+    assert spool.close() == 0
+
+
+def test_what_another_trial_left_and_nobody_takes_fails_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = trial_log._spool_folder() / "run.x.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('["train/loss", 1.0, 1, 1]\n')
+    monkeypatch.setattr(trial_log, "_known", lambda _run: True)
+    monkeypatch.setattr(trial_log, "_send_points", lambda _run, points: refuse(points))
+    assert trial_log.replay_metrics() == 0
+    assert path.exists()
