@@ -48,19 +48,27 @@ def read_answer(version: ModelVersion) -> str:
 
 @task(name="ask for approval", **TRANSIENT)
 def ask_approval(version: ModelVersion, decision: GateDecision) -> str | None:
-    """Start the run that waits for a person, once for this decision; returns its page. No child of this run: Prefect suspends no subflow,
-    and a suspended run holds no process, while a paused one holds its worker's slot."""
-    asked = f"approve:{version.model}:{version.version}:{decision.champion_before}:{decision.gate_digest}"
-    run: Any = run_deployment(
+    """Start the run that waits for a person, once for this decision, and again where that run ended (cancelled, crashed) without an answer;
+    returns its page. No child of this run: Prefect suspends no subflow, and a suspended run holds no process, while a paused one holds its
+    worker's slot."""
+    attempt, run = 1, _approval(version, decision, 1)
+    while run.state and run.state.is_final():
+        attempt += 1
+        run = _approval(version, decision, attempt)
+    return flow_run_page(run.id)
+
+
+def _approval(version: ModelVersion, decision: GateDecision, attempt: int) -> Any:
+    """The flow run of this attempt to ask, started when there is none."""
+    return run_deployment(
         APPROVE,
         parameters={"version": version.model_dump(mode="json"), "reason": decision.reason},
         timeout=0,
         as_subflow=False,
-        idempotency_key=asked,
+        idempotency_key=f"approve:{version.model}:{version.version}:{decision.champion_before}:{decision.gate_digest}:{attempt}",
         flow_run_name=f"approve-{version.model}-{version.version}",
         tags=[f"model:{version.model}", "approval"],
     )
-    return flow_run_page(run.id)
 
 
 @task(name="settle", **TRANSIENT)

@@ -12,7 +12,6 @@ from prefect import flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running
-from prefect.testing.utilities import prefect_test_harness
 
 from stockpot.errors import BadRequest
 from tasks import dispatching
@@ -24,19 +23,9 @@ def nothing(number: int, attempt: int = 1) -> None:
     """Never executed: its runs' states are set by the tests."""
 
 
-@pytest.fixture(scope="module")
-def server():
-    with prefect_test_harness(server_startup_timeout=120):
-        asyncio.run(_deploy())
-        yield
-
-
-async def _deploy():
-    async with get_client() as client:
-        flow_id = await client.create_flow(nothing)
-        await client.create_deployment(
-            flow_id=flow_id, name="here", parameter_openapi_schema={"type": "object", "properties": {}}, enforce_parameter_schema=False
-        )
+@pytest.fixture(scope="module", autouse=True)
+def _deployed(deploy):
+    deploy(nothing, "here")
 
 
 def jobs(*numbers, sweep):
