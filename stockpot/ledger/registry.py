@@ -230,23 +230,6 @@ def read_decision(version: ModelVersion) -> GateDecision | None:
         return None
 
 
-def note_change(model: str, before: int | None, after: int, why: str) -> None:
-    """Add one line to the history of champions, a tag of the registered model: MLflow keeps none. Not twice for one change."""
-    with asking():
-        history = read_history(model)
-        if before == after or (history and history[-1]["after"] == after):
-            return
-        history.append({"when": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "after": after, "why": why[:500]})
-        client().set_registered_model_tag(model, "stockpot.history", json.dumps(history[-100:]))
-
-
-def read_history(model: str) -> list[dict[str, Any]]:
-    """The last 100 changes of champion, oldest first: when, before, after, why."""
-    with asking():
-        history: list[dict[str, Any]] = json.loads(client().get_registered_model(model).tags.get("stockpot.history", "[]"))
-        return history
-
-
 def load(name: str) -> Any:
     """`digits@champion` or `digits/3`, as a consumer loads it: `.predict([{"image": bytes}, ...])` gives a label and a probability each."""
     with asking():

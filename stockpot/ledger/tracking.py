@@ -36,6 +36,7 @@ from stockpot.ledger.connection import (
     search_runs,
     sweep_run,
 )
+from stockpot.ledger.limits import RUN_TAG, shortened
 from stockpot.outcomes import Enough, Ingredient, SoupReport, SweepSummary
 
 __all__ = ["check_server", "close_sweep", "fetch_ingredient", "find_ingredient", "find_ingredients", "list_sweeps",
@@ -295,8 +296,9 @@ def _standing(run: Run, sweep: Sweep) -> Enough | None:
 
 
 def _note(page: str, text: str) -> str:
-    """What stands at the top of a run's page, as markdown: at most 8000 characters."""
-    return "\n\n".join(part for part in (f"[The flow run in Prefect]({page})" if page else "", text) if part)[:8000]
+    """What stands at the top of a run's page, as markdown."""
+    whole = "\n\n".join(part for part in (f"[The flow run in Prefect]({page})" if page else "", text) if part)
+    return shortened(whole, RUN_TAG, "The whole card is `card.md` among this run's artifacts.")
 
 
 def _report_tags(report: SoupReport, files: Path, page: str) -> list[RunTag]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stockpot.checkpoints import save_weights
 from stockpot.errors import RegistryError
-from stockpot.ledger import registry, tracking
+from stockpot.ledger import champions, registry, tracking
 from stockpot.models.classifier import build
 from stockpot.models.folders import read_model
 from stockpot.models.loading import load_state
@@ -151,8 +151,7 @@ def _gate(version: ModelVersion) -> str:
 
 
 def _history(version: ModelVersion) -> str:
-    lines = [
-        f"  {one['when']}  {one['before'] or 'none'} -> {one['after']}  {one['why'].split('(')[0].strip()}"
-        for one in registry.read_history(version.model)
-    ]
-    return "\n".join(["Champions so far:", *lines[-5:]]) if lines else ""
+    history = champions.read_history(version.model)[-5:]
+    lines = [f"  {one['when']}  {one['before'] or 'none'} -> {one['after']}  {one['why'].split('(')[0].strip()}" for one in history]
+    earlier = history[0].get("number", 1) - 1 if history else 0
+    return "\n".join([f"Champions so far{f', after {earlier} earlier changes' if earlier else ''}:", *lines]) if lines else ""

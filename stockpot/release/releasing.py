@@ -2,25 +2,26 @@
 
 Every step can be interrupted and run again: the version is found by its weights, the decision is stored with it before any alias moves,
 and a stored decision is carried out, not taken again, unless the request's gate is another one or the champion it was judged against is
-no longer champion. Aliases move by compare-and-set under a lock, and are read back.
+no longer champion. A move of the aliases is noted first and finished by whoever comes next: `crowning`.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 from stockpot.config import GateSpec
-from stockpot.data.node_cache import cache_root, locked
 from stockpot.digests import digest, short, text_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging, registry, tracking
+from stockpot.ledger.limits import DESCRIPTION, shortened
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
+from stockpot.release.crowning import alone, crown, resume, verify
 from stockpot.release.gating import gather_evidence
 from stockpot.release.judging import Judgement, Side, judge, replay
 from stockpot.soup import card
+
+PROMOTED, ROLLED_BACK = "promoted by hand", "rolled back by hand"
 
 
 def register(report: SoupReport) -> ModelVersion:
@@ -35,11 +36,12 @@ def register(report: SoupReport) -> ModelVersion:
         "stockpot.scores": report.scores[report.recipe].model_dump_json(),
     }
     told = card.write(report)
-    with _alone(report.model):
-        version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, told)
+    described = shortened(told, DESCRIPTION, f"The whole card is `{_place(report)}/card.md` of MLflow run {report.mlflow_run_id}.")
+    with alone(report.model):
+        version = registry.register_once(report.model, report.model_id, report.soup_sha256, report.mlflow_run_id, tags, described)
         if "stockpot.record" not in registry.read_tags(version):
             _keep_record(report, version, {"report.json": report.model_dump_json(indent=1), "card.md": told})
-    _verify(version, packaging.try_out)
+    verify(version, packaging.try_out)
     return version
 
 
@@ -65,7 +67,8 @@ def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecis
     `stockpot.evidence` names. A decision that was carried out under this gate stands, whatever a person did to the aliases since.
     """
     asked = digest(spec)
-    with _alone(version.model):
+    with alone(version.model):
+        resume(version.model)
         decision, settled = registry.read_decision(version), registry.read_tags(version).get("stockpot.settled") == asked
         champion = registry.alias_version(version.model, "champion")
         if decision is None or decision.gate_digest != asked or not (settled or champion in (decision.champion_before, version.version)):
@@ -83,7 +86,8 @@ def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersio
     """What a person answered about a version that passed the gate and waits: promote it, or leave it challenger. The answer becomes the tag
     `stockpot.approval`. Raises `RegistryError` when it does not wait, was judged against a champion that is champion no longer, or is to be
     declined and was promoted meanwhile."""
-    with _alone(version.model):
+    with alone(version.model):
+        resume(version.model)
         decision = registry.read_decision(version)
         if decision is None or not decision.waits:
             reason = decision.reason if decision else "it was never judged"
@@ -97,7 +101,7 @@ def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersio
                 f"`stockpot rollback {version.model}` takes it back."
             )
         if approved:
-            _crown(version.model, version.version, told, decision.champion_before)
+            crown(version.model, version.version, told, decision.champion_before)
         registry.write_tag(version, "stockpot.approval", told)
         return registry.read_version(version.model, version.version)
 
@@ -123,21 +127,33 @@ def read_judgement(version: ModelVersion) -> Judgement | None:
 
 
 def promote(model: str, number: int | None = None) -> ModelVersion:
-    """Make a version champion by hand, the challenger when no number is given; the champion becomes `previous`. Raises `RegistryError`."""
-    with _alone(model):
+    """Make a version champion by hand, the challenger when no number is given; the champion becomes `previous`. An interrupted promotion is
+    finished by the same again. Raises `RegistryError`."""
+    with alone(model):
+        if (done := _resumed(model, PROMOTED)) and number in (None, done.version):
+            return done
         wanted = number if number is not None else registry.alias_version(model, "challenger")
         if wanted is None:
             raise registry.no_version(model, "challenger")
-        return _crown(model, wanted, "promoted by hand", registry.alias_version(model, "champion"))
+        return crown(model, wanted, PROMOTED, registry.alias_version(model, "champion"))
 
 
 def rollback(model: str) -> ModelVersion:
-    """Make the previous champion champion again; a second rollback takes it back. Raises `RegistryError` when there is none."""
-    with _alone(model):
+    """Make the previous champion champion again; a second rollback takes it back, and one after an interrupted rollback finishes that.
+    Raises `RegistryError` when there is none."""
+    with alone(model):
+        if done := _resumed(model, ROLLED_BACK):
+            return done
         previous = registry.alias_version(model, "previous")
         if previous is None:
             raise registry.no_version(model, "previous")
-        return _crown(model, previous, "rolled back by hand", registry.alias_version(model, "champion"))
+        return crown(model, previous, ROLLED_BACK, registry.alias_version(model, "champion"))
+
+
+def _resumed(model: str, why: str) -> ModelVersion | None:
+    """The champion that an interrupted move made, where it was this one; any other is finished too, and is no answer."""
+    move = resume(model)
+    return registry.read_version(model, move.after) if move and move.why == why else None
 
 
 def _keep_record(report: SoupReport, version: ModelVersion, files: dict[str, str]) -> None:
@@ -166,50 +182,13 @@ def _decide(report: SoupReport, version: ModelVersion, champion: int | None, spe
     return decision
 
 
-def _place(version: ModelVersion) -> str:
+def _place(version: ModelVersion | SoupReport) -> str:
     """Where a version's record lies on its soup's run."""
     return f"versions/{version.soup_sha256[:12]}"
 
 
 def _carry_out(version: ModelVersion, decision: GateDecision) -> None:
     if decision.promoted:
-        _crown(version.model, version.version, decision.reason, decision.champion_before)
+        crown(version.model, version.version, decision.reason, decision.champion_before)
     else:
         registry.set_alias(version.model, "challenger", version.version)
-
-
-def _crown(model: str, number: int, why: str, expected: int | None) -> ModelVersion:
-    """Champion to `previous`, `number` to champion, and off the challengers' bench. Refused: a version whose bytes changed, and any
-    champion but the `expected` one (or `number`, where an interrupted move had come)."""
-    version = registry.read_version(model, number)
-    _verify(version)
-    champion = registry.alias_version(model, "champion")
-    if champion not in (expected, number):
-        raise RegistryError(
-            f"The champion of {model} is version {champion}, expected was {expected or 'none'}: another writer moved it meanwhile; "
-            "run the same again to decide against the new one."
-        )
-    if champion not in (None, number):
-        registry.set_alias(model, "previous", champion)
-    if champion != number:
-        registry.set_alias(model, "champion", number)
-    registry.note_change(model, expected, number, why)
-    if registry.alias_version(model, "challenger") == number:
-        registry.set_alias(model, "challenger", None)
-    return registry.read_version(model, number)
-
-
-def _verify(version: ModelVersion, then: Callable[[Path], None] = lambda _: None) -> None:
-    """Download a version and compare its weights with what was registered; `then` gets the downloaded folder."""
-    with TemporaryDirectory(prefix="stockpot-readback-") as folder:
-        registry.fetch_version(version, Path(folder))
-        then(Path(folder))
-
-
-@contextmanager
-def _alone(model: str) -> Iterator[None]:
-    """One writer of a model's aliases on this node; writers on other nodes are noticed by reading back."""
-    folder = cache_root() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"registry-{model}.lock"):
-        yield

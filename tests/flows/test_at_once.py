@@ -9,7 +9,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 
 from deployments.starting import start, watch_to_end
 from stockpot.config import SoupSpec
-from stockpot.ledger import registry, tracking
+from stockpot.ledger import champions, registry, tracking
 from stockpot.ledger.connection import client
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(400)]
@@ -43,6 +43,6 @@ def test_two_of_everything_at_once(stack, request_for):
     assert {one.tags["stockpot.soup_sha256"] for one in versions} == soups
     assert len(versions) == len(soups), "one version for each different soup"
     assert [tracking.read_report(sweep) for sweep in sweeps] == reports, "nothing was cooked again"
-    history = registry.read_history(MODEL)
+    history = champions.read_history(MODEL)
     assert history[-1]["after"] == registry.alias_version(MODEL, "champion")
     assert len({line["after"] for line in history}) == len(history), "no alias moved twice"

@@ -15,7 +15,7 @@ import pytest
 
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.errors import ServerUnreachable
-from stockpot.ledger import packaging, registry, tracking
+from stockpot.ledger import champions, packaging, registry, tracking
 from stockpot.ledger.connection import client, experiment, of_kind, search_runs
 from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
@@ -100,7 +100,7 @@ def test_a_release_interrupted_before_every_step_registers_once(
     for what, step in (("store", "package"), ("ledger", "package"), ("ledger", "_create_model"), ("store", "fetch_version"),
                        ("ledger", "fetch_version"), ("ledger", "set_alias"), ("ledger", "note_change")):  # fmt: skip
         with monkeypatch.context() as patch:
-            module = packaging if step == "package" else registry
+            module = {"package": packaging, "note_change": champions}.get(step, registry)
             patch.setattr(module, step, goes_away(surroundings, what, getattr(module, step)))
             with pytest.raises(ServerUnreachable, match="MLFLOW_TRACKING_URI"):
                 release(sweep.id)
@@ -109,7 +109,7 @@ def test_a_release_interrupted_before_every_step_registers_once(
     release(sweep.id)
     assert [found.version for found in client().search_model_versions(f"name = '{model}'")] == ["1"]
     assert registry.alias_version(model, "champion") == 1
-    assert [line["after"] for line in registry.read_history(model)] == [1]
+    assert [line["after"] for line in champions.read_history(model)] == [1]
     assert reproduce(model).version == 1
 
 
@@ -155,7 +155,7 @@ def test_soups_released_at_once_are_one_version_each_and_one_champion(ground: Gr
     assert all(promoted for _, promoted in ended)
     assert ended[:2] == ended[2:]
     assert {number for number, _ in ended} == {1, 2} == {int(one.version) for one in client().search_model_versions(f"name = '{model}'")}
-    history = registry.read_history(model)
+    history = champions.read_history(model)
     assert [(line["before"], line["after"]) for line in history] == [
         (None, history[0]["after"]),
         (history[0]["after"], history[1]["after"]),
@@ -167,7 +167,7 @@ def test_soups_released_at_once_are_one_version_each_and_one_champion(ground: Gr
 def released_until(sweep_id: str, step: str, environ: dict[str, str]) -> None:
     """A release whose process is killed when it comes to a step."""
     os.environ.update(environ)
-    setattr(registry, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    setattr(champions if step == "note_change" else registry, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     release(sweep_id)
 
 
@@ -185,5 +185,5 @@ def test_a_release_killed_between_version_and_alias_is_finished_by_the_next(grou
     release(sweep.id)
     assert [found.version for found in client().search_model_versions(f"name = '{model}'")] == ["1"]
     assert registry.alias_version(model, "champion") == 1
-    assert [line["after"] for line in registry.read_history(model)] == [1]
+    assert [line["after"] for line in champions.read_history(model)] == [1]
     assert reproduce(model).version == 1

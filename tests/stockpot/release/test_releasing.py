@@ -15,13 +15,15 @@ import pytest
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.digests import digest
 from stockpot.errors import RegistryError
-from stockpot.ledger import registry
+from stockpot.ledger import champions, registry
 from stockpot.ledger.connection import client
+from stockpot.ledger.limits import DESCRIPTION
 from stockpot.ledger.stored import delete_stored
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
-from stockpot.release import gating, releasing
+from stockpot.release import crowning, gating, releasing
+from stockpot.soup import card
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, Ground, finish_trials, png, tiny_sweep
 
@@ -42,8 +44,12 @@ def released(report: SoupReport, spec: GateSpec | None = None) -> tuple[ModelVer
     return version, releasing.gate(report, version, spec or GateSpec())
 
 
-def test_the_first_version_is_champion_and_nothing_is_registered_twice(ground: Ground, model: str, tmp_path: Path) -> None:
+def test_the_first_version_is_champion_and_nothing_is_registered_twice(
+    ground: Ground, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = cooked(ground, model, tmp_path, 2)
+    whole = card.write(report) + 200 * "\nand one trial more, as in a long card"
+    monkeypatch.setattr(card, "write", lambda report: whole)
     version, decision = released(report)
     assert (version.version, decision.promoted, decision.champion_before) == (1, True, None)
     assert released(report) == (version.model_copy(update={"alias": "champion"}), decision)
@@ -53,6 +59,9 @@ def test_the_first_version_is_champion_and_nothing_is_registered_twice(ground: G
     assert len(client().search_model_versions(f"name = '{model}'")) == 1
     stored = client().get_model_version(model, "1")
     assert stored.description.startswith(f"# {model}: greedy soup")
+    assert len(stored.description) <= DESCRIPTION
+    assert stored.description.endswith(f"versions/{report.soup_sha256[:12]}/card.md` of MLflow run {report.mlflow_run_id}.")
+    assert releasing.read_record(version, "card.md") == whole
     assert stored.tags["stockpot.ingredients"] == ",".join(report.ingredients)
 
 
@@ -139,13 +148,13 @@ def test_a_champion_that_another_writer_moved_is_not_overwritten(
     released(cooked(ground, model, tmp_path, 1))
     better = releasing.register(cooked(ground, model, tmp_path, 3, recipe="uniform"))
     third = releasing.register(cooked(ground, model, tmp_path, 2, recipe="uniform"))
-    verified = releasing._verify
+    verified = crowning.verify
 
     def meanwhile(version: ModelVersion) -> None:
         verified(version)
         registry.set_alias(model, "champion", third.version)
 
-    monkeypatch.setattr(releasing, "_verify", meanwhile)
+    monkeypatch.setattr(crowning, "verify", meanwhile)
     with pytest.raises(RegistryError, match=f"is version {third.version}, expected was 1: another writer moved it"):
         releasing.promote(model, better.version)
     assert registry.alias_version(model, "champion") == third.version
@@ -161,7 +170,7 @@ def test_a_version_that_waits_is_challenger_until_a_person_answers(ground: Groun
     assert releasing.settle(version, approved=True).alias == "champion", "the same answer again"
     with pytest.raises(RegistryError, match=f"is champion already, so there is nothing left to decline; `stockpot rollback {model}`"):
         releasing.settle(version, approved=False)
-    assert registry.read_history(model)[-1]["why"] == "approved by hand: looks right"
+    assert champions.read_history(model)[-1]["why"] == "approved by hand: looks right"
     second, _ = released(cooked(ground, model, tmp_path, 3, recipe="uniform"), spec)
     assert releasing.settle(second, approved=False, note="not today").alias == "challenger"
     assert registry.read_tags(second)["stockpot.approval"] == "declined by hand: not today"
@@ -186,7 +195,7 @@ def test_two_at_once_register_one_version_and_move_an_alias_once(
         return found
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(releasing, "_alone", lambda _model: nullcontext())  # as on two nodes: no common lock
+        patch.setattr(releasing, "alone", lambda _model: nullcontext())  # as on two nodes: no common lock
         patch.setattr(registry, "find_version", find_at_once)
         first, second = pool.map(releasing.register, [report] * 2)
     assert first == second
@@ -196,7 +205,7 @@ def test_two_at_once_register_one_version_and_move_an_alias_once(
         other = releasing.register(cooked(ground, model, tmp_path, 1))
         assert {one.version for one in pool.map(lambda _: releasing.promote(model, other.version), range(2))} == {other.version}
     assert aliases(model) == {"champion": other.version, "challenger": None, "previous": first.version}
-    assert [line["after"] for line in registry.read_history(model)] == [first.version, other.version], "two moves, none twice"
+    assert [line["after"] for line in champions.read_history(model)] == [first.version, other.version], "two moves, none twice"
 
 
 @pytest.mark.slow
@@ -227,7 +236,7 @@ def test_a_person_can_promote_roll_back_and_roll_forward(ground: Ground, model: 
     assert releasing.promote(model).version == 2
     assert (aliases(model), releasing.rollback(model).version) == ({"champion": 2, "challenger": None, "previous": 1}, 1)
     assert (aliases(model), releasing.rollback(model).version) == ({"champion": 1, "challenger": None, "previous": 2}, 2)
-    assert [line["after"] for line in registry.read_history(model)] == [1, 2, 1, 2]
+    assert [line["after"] for line in champions.read_history(model)] == [1, 2, 1, 2]
     with pytest.raises(RegistryError, match="no version 9"):
         releasing.promote(model, 9)
 
