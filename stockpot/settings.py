@@ -86,8 +86,8 @@ class TrialSettings(Closed):
     evaluate_every_steps: int | None = Field(
         None,
         ge=1,
-        description="Steps between evaluations on held_out. The best weights so far, the earlier of equals, become the ingredient, for "
-        "each moving average too. None: the last weights do.",
+        description="Steps between evaluations on held_out. The most accurate weights so far, whatever `soup.metric` is and the earlier of "
+        "equals, become the ingredient, for each moving average too. None: the last weights do.",
     )
     clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
     seed: int = Field(0, ge=0, description="Order of samples and augmentation of this trial.")

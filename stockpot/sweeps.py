@@ -13,14 +13,14 @@ from stockpot.errors import BadRequest
 from stockpot.settings import TrialSettings
 from stockpot.spaces import Choice, Depending, Distribution, IntUniform, LogUniform, Sometimes, Uniform
 
-UNTRAINED = TrialSettings(max_steps=0)
-"""The settings of the init as an ingredient: the same for every sweep, so it is evaluated once."""
+UNTRAINED = TrialSettings(max_steps=0, augmentation="none")
+"""The settings of the init as an ingredient: the same for every sweep, of images or texts, so it is evaluated once."""
 
 
 def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
     """The settings of every trial of a sweep, in order; the init's, where it is one, last.
 
-    Raises `BadRequest` when the space cannot give that many different trials.
+    Raises `BadRequest` when the space cannot give that many different trials; those that train nothing are all the same one.
     """
     drawn: list[TrialSettings] = []
     for index in range(spec.trials):
@@ -31,7 +31,15 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
                 "trials. Ask for fewer trials, or draw another field."
             )
         drawn.append(settings)
-    return (*drawn, UNTRAINED) if spec.init_as_ingredient else tuple(drawn)
+    if spec.init_as_ingredient:
+        drawn.append(UNTRAINED)
+    untrained = [index for index, settings in enumerate(drawn) if settings.max_steps == 0]
+    if len(untrained) > 1:
+        raise BadRequest(
+            f"Trials {untrained[0]} and {untrained[1]} of the sweep have `max_steps: 0`, and each would be the init itself; leave "
+            "`max_steps` out, and ask for the init once, with `init_as_ingredient: true`."
+        )
+    return tuple(drawn)
 
 
 def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:

@@ -54,12 +54,12 @@ def describe(base: BaseSpec) -> tuple[dict[str, Any], Preprocess]:
     if is_uri(base.arch):
         try:
             config = json.loads(storage.read_bytes(base.arch))
-            arch, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-        except (ValueError, KeyError, TypeError) as error:
+            arch = config["model_cfg"]
+            return arch, _preprocess(arch, config.get("preprocess_cfg", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f'`{base.arch}` is no open_clip config ({error}); it needs {{"model_cfg": ..., "preprocess_cfg": ...}}.'
+                f'`{base.arch}` is no open_clip config ({_first_line(error)}); it needs {{"model_cfg": ..., "preprocess_cfg": ...}}.'
             ) from error
-        return arch, _preprocess(arch, preprocess)
     known = open_clip.get_model_config(base.arch)
     if known is None:
         raise ModelError(
@@ -80,13 +80,28 @@ def load(base: BaseSpec, arch: dict[str, Any]) -> tuple[dict[str, Tensor], TextT
     if base.weights is not None and is_uri(base.weights):
         load_state(model, fetch_state(base.weights))
     elif base.weights is not None:
-        path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(base.arch, base.weights))
-        open_clip.load_checkpoint(model, str(path))
+        open_clip.load_checkpoint(model, str(_downloaded(base)))
     text = TextTower(arch)
     state = model.state_dict()
     inner = {name: state[f"text.{name}"] if f"text.{name}" in state else state[name] for name in text.encoder.state_dict()}
     load_state(text, {"logit_scale": state["logit_scale"]} | {f"encoder.{name}": tensor for name, tensor in inner.items()})
     return model.get_submodule("visual").state_dict(), text
+
+
+def _downloaded(base: BaseSpec) -> Any:
+    """The path of the published weights."""
+    try:
+        return open_clip.download_pretrained(open_clip.get_pretrained_cfg(base.arch, base.weights))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"The weights `{base.weights}` of `{base.arch}` cannot be fetched ({_first_line(error)}); give their address as `weights` "
+            "(s3://, file:// or a path), or open the way to the hub."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What it says; a missing name is all that a KeyError says."""
+    return f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _whole(base: BaseSpec, arch: dict[str, Any]) -> nn.Module:

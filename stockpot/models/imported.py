@@ -1,9 +1,11 @@
-"""A backbone of the user's own, by import path: `package.module:name`, called without arguments, gives a torch module.
+"""A backbone of the user's own, by import path: `package.module:name`, a torch module, or what gives one when called without
+arguments.
 
 The module takes (B, 3, S, S) normalised float images and gives (B, D) features. Its package must be installed wherever the model is built:
 where inits are prepared, where trials run, and where the version is served.
 """
 
+import copy
 import importlib
 from typing import Any
 
@@ -51,7 +53,7 @@ def _made(name: str) -> nn.Module:
         raise ModelError(
             f"There is no backbone `{name}` ({error}): write `package.module:name` of a package installed here and where trials run."
         ) from error
-    body = make() if callable(make) else make
+    body = copy.deepcopy(make) if isinstance(make, nn.Module) else make() if callable(make) else make  # a module is callable too
     if not isinstance(body, nn.Module):
         raise ModelError(f"The backbone `{name}` gives a {type(body).__name__}, needed is a torch module: name a function that makes one.")
     return body

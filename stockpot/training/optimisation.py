@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ EMBEDDINGS = re.compile(
     r"|reg_token|norm_pre|shared|embed_tokens)(\.|$)"
 )
 """What comes before the first block, by the names open_clip, timm and transformers give it."""
+STAGE = re.compile(r"(^|\.)layer([1-4])\.")
+"""A ResNet's stages, whose blocks are numbered anew in each: a stage is one layer."""
+STEM = re.compile(r"^(body\.)?(trunk\.)?(conv[1-3]|bn[1-3])\.")
+"""What comes before a ResNet's stages; inside them the same names are a block's."""
 
 
 def warmup(settings: TrialSettings, total_steps: int) -> int:
@@ -46,15 +50,17 @@ def learning_rate(settings: TrialSettings, step: int, total_steps: int) -> float
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Keep the parameters of these names as they are; see `frozen_names`."""
-    for name in frozen_names([name for name, _ in model.named_parameters()], patterns):
+    for name in frozen_names(model, patterns):
         model.get_parameter(name).requires_grad_(False)
 
 
-def frozen_names(parameters: Sequence[str], patterns: Iterable[str]) -> set[str]:
+def frozen_names(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     """The parameters that the patterns name; `*` and `?` are wildcards.
 
-    Raises `BadRequest` for a pattern that names none, with the nearest names, and when nothing is left to train.
+    Raises `BadRequest` for a pattern that names none, with the nearest names, and when nothing is left to train: a head that the init
+    keeps frozen is not.
     """
+    parameters = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
     for pattern in patterns:
         matched = fnmatch.filter(parameters, pattern)
@@ -62,18 +68,23 @@ def frozen_names(parameters: Sequence[str], patterns: Iterable[str]) -> set[str]
             near = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.0)
             raise BadRequest(f"`frozen: {pattern}` names no parameter of the model; near are {', '.join(f'`{name}`' for name in near)}.")
         frozen.update(matched)
-    if len(frozen) == len(parameters):
-        raise BadRequest("`frozen` leaves no parameter to train; to evaluate the init as it is, ask for `max_steps: 0`.")
+    if frozen.issuperset(name for name, parameter in model.named_parameters() if parameter.requires_grad):
+        raise BadRequest(
+            "`frozen` leaves no parameter to train (`init.freeze_head` freezes the head, where it is asked for); to evaluate the "
+            "init as it is, ask for `max_steps: 0`."
+        )
     return frozen
 
 
 def rate_scales(names: Iterable[str], layer_decay: float) -> dict[str, float]:
     """The share of the learning rate that each parameter has: decay to the power of its distance from the top.
 
-    Embeddings are layer 0, block i is layer i + 1 by the first number in its name, and all else (the last norm, the projection, the head)
-    is the top.
+    Embeddings are layer 0, block i is layer i + 1 by the first number in its name, stage i of a ResNet is layer i, and all else (the last
+    norm, the projection, the head) is the top.
     """
-    depths: dict[str, int | None] = {name: _depth(name) for name in names}
+    names = list(names)
+    depth = _resnet_depth if any(STAGE.search(name) for name in names) else _depth
+    depths: dict[str, int | None] = {name: depth(name) for name in names}
     top = max((depth for depth in depths.values() if depth is not None), default=0) + 1
     return {name: 1.0 if depth is None else layer_decay ** (top - depth) for name, depth in depths.items()}
 
@@ -83,6 +94,11 @@ def _depth(name: str) -> int | None:
         return 0
     number = re.search(r"\.(\d+)\.", name)
     return int(number[1]) + 1 if number else None
+
+
+def _resnet_depth(name: str) -> int | None:
+    stage = STAGE.search(name)
+    return int(stage[2]) if stage else 0 if STEM.match(name) else None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
@@ -125,13 +141,17 @@ def set_learning_rate(rule: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def climb(model: nn.Module, rho: float) -> list[tuple[nn.Parameter, Tensor]]:
-    """SAM's first half: move every parameter up its gradient, by `rho` in all. Returns the parameters and their values before."""
+    """SAM's first half: move every parameter up its gradient, by `rho` in all. Returns the parameters and their values before.
+
+    Along a gradient that overflowed, as fp16's first ones may, nobody moves: weights that are no numbers would ruin BatchNorm's statistics.
+    """
     moved = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in moved if parameter.grad is not None])
+    finite = norm.isfinite()
     before = [(parameter, parameter.clone()) for parameter in moved]
     for parameter in moved:
         if parameter.grad is not None:
-            parameter.add_(parameter.grad * (rho / (norm + 1e-12)))
+            parameter.add_(torch.where(finite, parameter.grad * (rho / (norm + 1e-12)), 0.0))
     return before
 
 

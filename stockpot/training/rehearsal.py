@@ -22,9 +22,9 @@ def rehearse(spec: SweepSpec, init: Init) -> None:
     config = ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json"))
     patterns = {settings.frozen for settings in drawn} - {()}
     if patterns:
-        parameters = [name for name, _ in build(config).named_parameters()]
+        model = build(config)
         for frozen in sorted(patterns):
-            frozen_names(parameters, frozen)
+            frozen_names(model, frozen)
     for settings in drawn:
         require_mixable(settings, config.preprocess)
     for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and _is_here(name)}):

@@ -143,6 +143,14 @@ def test_the_init_is_one_more_trial_the_same_for_every_sweep():
     assert few[:-1] == draw(SweepSpec(trials=2, space=SPACE))
     assert few[-1] == other[-1]
     assert few[-1].max_steps == 0
+    assert few[-1].augmentation == "none"  # which images and texts both know
+
+
+@pytest.mark.parametrize("spec", [{"trials": 2}, {"trials": 1, "init_as_ingredient": True}])
+def test_the_init_itself_is_no_second_trial(spec):
+    assert len(draw(SweepSpec(trials=1, settings={"max_steps": 0}))) == 1
+    with pytest.raises(BadRequest, match=r"Trials 0 and 1 of the sweep have `max_steps: 0`.*`init_as_ingredient: true`"):
+        draw(SweepSpec(settings={"max_steps": 0}, **spec))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.error import URLError
 
 import open_clip
 import pytest
@@ -10,6 +11,7 @@ import torch
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import BaseSpec
 from stockpot.errors import ModelError
+from stockpot.models import clip
 from stockpot.models.bases import load_base
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.models.loading import load_state
@@ -88,7 +90,27 @@ def test_an_unknown_tag_offers_the_nearest():
         load_base(BaseSpec(arch="ViT-B-32", weights="opena"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"vision_cfg": {}}', '{"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "colour": 1}}'])
+def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise URLError("no way out")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
+    with pytest.raises(ModelError, match=r"The weights `openai` of `RN50` cannot be fetched \(.*no way out.*\); give their address"):
+        clip.load(BaseSpec(arch="RN50", weights="openai"), CONFIG["model_cfg"])
+
+
+BROKEN = [
+    "{",
+    "[]",
+    '{"vision_cfg": {}}',
+    '{"model_cfg": {"embed_dim": 8}}',
+    '{"model_cfg": {"vision_cfg": {}}, "preprocess_cfg": []}',
+    '{"model_cfg": {"vision_cfg": {"image_size": -1}}}',
+    '{"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "colour": 1}}',
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_config_is_one_sentence(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=r"config\.json"):

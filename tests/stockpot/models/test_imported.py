@@ -37,6 +37,16 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, "their_package", module)
 
 
+def test_a_module_that_is_made_already_is_copied(monkeypatch):
+    made = small()
+    monkeypatch.setattr(sys.modules["their_package"], "made", made, raising=False)
+    spec = BaseSpec(arch="their_package:made", preprocess=PREPROCESS)
+    tower = load_base(spec).tower
+    tower["0.weight"].zero_()
+    assert made[0].weight.abs().min() > 0
+    assert set(tower) == set(made.state_dict())
+
+
 def test_it_trains_and_serves(ground, node, tmp_path):
     spec, snapshot = BaseSpec(arch="their_package:small", preprocess=PREPROCESS), open_snapshot(ground.data.snapshot)
     model = load(prepare(spec, InitSpec(), ground.data.snapshot, f"{tmp_path}/store"))

@@ -56,6 +56,10 @@ def test_a_pattern_that_names_nothing_offers_the_nearest_names():
         freeze(tiny_vit(), ["body.*", "head.weigth"])
     with pytest.raises(BadRequest, match="leaves no parameter to train"):
         freeze(tiny_vit(), ["*"])
+    headless = tiny_vit()
+    headless.head.requires_grad_(False)
+    with pytest.raises(BadRequest, match="leaves no parameter to train"):
+        freeze(headless, ["body.*"])
 
 
 def test_rates_by_layer_equal_an_oracle_on_a_small_vit():
@@ -119,6 +123,34 @@ def test_every_rule_lowers_a_loss(rule):
         stepper.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]  # adafactor's steps are relative to the weights, which are small here
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {"kind": "open_clip", "arch": {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 2, 1, 1], "width": 16}}},
+        {"kind": "timm", "arch": {"name": "test_resnet"}},
+    ],
+    ids=["CLIP", "timm"],
+)
+def test_a_resnet_is_counted_by_stages(tower):
+    preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = build(ModelConfig(**tower, preprocess=preprocess, classes=("a", "b")))
+    scales = rate_scales([name for name, _ in model.named_parameters()], 0.5)
+    oracle = {"conv": 0, "bn": 0, "layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4, "attnpool": 5, "head": 5}
+    for name, scale in scales.items():
+        part = name.removeprefix("body.").partition(".")[0]
+        assert scale == 0.5 ** (5 - oracle[part if part in oracle else part.rstrip("123")]), name
+    assert {scales[name] for name in scales if ".layer3." in name} == {0.25}
+
+
+def test_nobody_climbs_along_a_gradient_that_overflowed():
+    model = nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter, value in zip(model.parameters(), (float("inf"), float("nan")), strict=True):
+        parameter.grad = torch.full_like(parameter, value)
+    climb(model, 0.05)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_climbing_moves_by_rho_along_the_gradient_and_back_to_the_bit():
