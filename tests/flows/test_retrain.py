@@ -127,7 +127,7 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
 
 
 def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(stack, request_for):
-    mixed = {"seeds": (1, 2, 3), "augmentations": ("none", "deployments.demo.nowhere:missing")}
+    mixed = {"seeds": (1, 2, 3), "augmentations": ("none", "nowhere.augment:missing")}
     lenient = request_for("mixed", **mixed, quorum=0.25)
     sweep_id = watch_to_end(retrain(lenient))
     failing = [trial.id for trial in tracking.read_sweep(sweep_id).trials if "nowhere" in trial.settings.augmentation]

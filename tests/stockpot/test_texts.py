@@ -49,6 +49,7 @@ SETTINGS = TrialSettings(epochs=12, batch_size=30, learning_rate=3e-3, augmentat
 FORM = Tokens(length=6, vocabulary=VOCABULARY, padding=0)
 
 
+@pytest.mark.slow
 def test_texts_become_a_champion_that_reads_tokens(ledger: str, tmp_path: Path) -> None:
     snapshot = publish_texts(f"{tmp_path}/texts")
     request = RetrainRequest(

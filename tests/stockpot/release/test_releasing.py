@@ -183,6 +183,7 @@ def test_a_version_that_waits_is_challenger_until_a_person_answers(ground: Groun
         releasing.settle(second, approved=True)
 
 
+@pytest.mark.slow
 def test_two_at_once_register_one_version_and_move_an_alias_once(
     ground: Ground, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

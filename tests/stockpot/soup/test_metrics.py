@@ -73,6 +73,7 @@ def test_a_score_of_one_metric_is_no_answer_about_another(tmp_path: Path) -> Non
     assert other.get(key, 0) == verdict
 
 
+@pytest.mark.slow
 def test_a_sweep_is_ranked_cooked_and_judged_by_it(ground: Ground, ledger: str, tmp_path: Path) -> None:
     model = f"metric-{uuid4().hex[:8]}"
     sweep = tiny_sweep(ground, model, 3, SoupSpec(metric="macro_f1", compare=("greedy_ensemble",)))

@@ -122,6 +122,7 @@ def test_an_earlier_attempt_that_still_saves_does_not_fail_the_later_one(ground,
         late.resume()  # lost, not replaced
 
 
+@pytest.mark.slow
 def test_a_ledger_gone_at_the_end_costs_no_training(ground, ledger, tmp_path, monkeypatch):
     settings = SETTINGS.model_copy(update={"epochs": 2, "evaluate_every_steps": 2, "ema_decays": (0.9,)})
     alone = run_trial(trial_of(ground, "never-waited", tmp_path, settings), say=lambda _line: None)
