@@ -174,6 +174,7 @@ def test_what_is_missing_is_one_sentence(refused, model: str) -> None:
     assert "names no version" in refused("reproduce", f"{model}/three")
 
 
+@pytest.mark.slow
 def test_a_version_deleted_under_its_alias_is_said_and_mended(refused, run, ground: Ground, tmp_path: Path, ledger: str) -> None:
     model = f"deleted-{uuid4().hex[:8]}"
     sweep = tiny_sweep(ground, model, 1)

@@ -86,7 +86,7 @@ def test_a_cut_of_every_connection_after_some_bytes_still_reads_everything(
         pytest.param("cut", 100, marks=pytest.mark.slow),
         pytest.param("reset", 100, marks=pytest.mark.slow),
         ("mute", 0),
-        ("stall", 100),
+        pytest.param("stall", 100, marks=pytest.mark.slow),
     ],
 )
 def test_a_permanent_fault_stops_with_a_sentence_that_names_the_shard(

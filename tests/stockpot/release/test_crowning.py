@@ -66,7 +66,7 @@ def killed_before(number: int, patch: pytest.MonkeyPatch, action: Callable[[], A
     ("action", "writes", "after", "lines"),
     [
         (releasing.rollback, 5, {"champion": 1, "previous": 2, "challenger": 3}, [1]),
-        (releasing.promote, 6, {"champion": 3, "previous": 2}, [3]),
+        pytest.param(releasing.promote, 6, {"champion": 3, "previous": 2}, [3], marks=pytest.mark.slow),
     ],
 )
 def test_a_move_killed_before_any_write_is_finished_by_the_same_again(
