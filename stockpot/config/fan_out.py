@@ -1,0 +1,62 @@
+"""How trials are spread over workers, and when a sweep has had enough."""
+
+from pydantic import Field
+
+from stockpot.fields import Closed, Fraction
+
+
+class StopSpec(Closed):
+    """When a sweep has had enough: no further trial is started, those that run are seen through, and the soup is cooked from what
+    finished. What the gain is estimated from is told in `stockpot.soup.sufficiency`."""
+
+    below: float = Field(
+        gt=0,
+        lt=1,
+        description="What one more trial must be expected to add for the sweep to go on: held-out accuracy (or the soup's other metric) as "
+        "a fraction, 0.0005 is 0.05 points. One held-out sample's worth or less is noise.",
+    )
+    after: int = Field(
+        8, ge=2, le=1000, description="Finished trials before the question is asked. 8 are three doublings; fewer tell little."
+    )
+
+
+class FanOutSpec(Closed):
+    """How trials are spread over workers. None of this changes a result, so none of it is part of a sweep's identity."""
+
+    deployment: str = Field("finetune/stockpot", description="The Prefect deployment that runs one trial.")
+    quorum: Fraction = Field(0.5, description="Share of the trials that must finish before a soup is cooked.")
+    deadline_s: int | None = Field(
+        None,
+        ge=1,
+        description="Seconds after which the soup is cooked from what finished; running trials are cancelled. None: wait for all.",
+    )
+    attempts: int = Field(
+        3,
+        ge=1,
+        le=20,
+        description="How often a trial is started before it counts as failed. A trial that fails by its own fault (bad numbers, bad data) "
+        "is not started again.",
+    )
+    state_interval_s: int = Field(
+        300,
+        ge=1,
+        description="Seconds between training states in the store: a killed trial loses at most these. On SIGTERM one is written at once.",
+    )
+    retry_delay_s: int = Field(30, ge=1, le=3600, description="Seconds between a crash and the next attempt.")
+    gpus: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="GPUs of one node that train a trial together, each on its share of every batch (on a node without any: processes). "
+        "`batch_size` must be a multiple of it, with mixup or CutMix of twice it; BatchNorm sees a GPU's share.",
+    )
+    budget_s: int | None = Field(
+        None,
+        ge=1,
+        description="Seconds after which an attempt saves its training state and ends, for the next attempt to go on from there, as on a "
+        "node that is lent by the hour. Each counts as one of `attempts`. None: no limit.",
+    )
+    stop: StopSpec | None = Field(
+        None,
+        description="When to start no further trial. The quorum is then of the trials that were started. None: every trial is run.",
+    )
