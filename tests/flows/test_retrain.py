@@ -126,6 +126,7 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
     assert tracking.read_report(sweep_id) == report
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_by_its_own_fault_is_counted_and_the_quorum_decides(stack, request_for):
     mixed = {"seeds": (1, 2, 3), "augmentations": ("none", "nowhere.augment:missing")}
     lenient = request_for("mixed", **mixed, quorum=0.25)
