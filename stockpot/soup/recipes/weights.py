@@ -4,10 +4,12 @@ Format: 8 bytes little-endian header length, JSON header, data. https://github.c
 """
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +67,12 @@ def open_weights(path: Path) -> Weights:
         raise IngredientMismatch(f"`{path.name}` has no safetensors header ({error}); store the weights again.") from error
     if not isinstance(header, dict):
         raise IngredientMismatch(f"`{path.name}` ends inside its safetensors header; store the weights again.")
-    ours = json.loads(header.pop("__metadata__", {}).get("stockpot", '{"tied": {}}'))
+    tied = _tied(path, header)
     slots = {name: _slot(path, name, entry, 8 + length) for name, entry in header.items()}
     end = max((slot.stop for slot in slots.values()), default=8 + length)
     if (size := path.stat().st_size) != end:
         raise IngredientMismatch(f"`{path.name}` has {size:,} bytes, its header describes {end:,}; store the weights again.")
-    return Weights(path, slots, ours["tied"])
+    return Weights(path, slots, tied)
 
 
 def difference(one: Weights, other: Weights) -> str | None:
@@ -84,9 +86,25 @@ def difference(one: Weights, other: Weights) -> str | None:
     return None
 
 
-def _slot(path: Path, name: str, entry: dict[str, Any], data: int) -> Slot:
-    dtype = DTYPES.get(str(entry.get("dtype")))
-    if dtype is None:
-        raise IngredientMismatch(f"`{name}` in `{path.name}` has type {entry.get('dtype')}; averaging knows {', '.join(DTYPES)}.")
-    start, stop = entry["data_offsets"]
-    return Slot(dtype, tuple(entry["shape"]), data + start, data + stop)
+def _tied(path: Path, header: dict[str, Any]) -> dict[str, str]:
+    """The ties that `save_weights` noted, taken out of the header; none in a file of another program."""
+    metadata = header.pop("__metadata__", {})
+    try:
+        tied = dict(json.loads(metadata["stockpot"])["tied"]) if "stockpot" in metadata else {}
+        return {name: first for name, first in tied.items() if header[first]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise IngredientMismatch(
+            f"`{path.name}` has a header whose metadata is not Stockpot's ({error}); store the weights again."
+        ) from error
+
+
+def _slot(path: Path, name: str, entry: Any, data: int) -> Slot:
+    try:
+        kind, shape, (start, stop) = entry["dtype"], tuple(map(index, entry["shape"])), map(index, entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise IngredientMismatch(f"`{name}` in `{path.name}` has no type, shape and place ({error}); store the weights again.") from error
+    if (dtype := DTYPES.get(str(kind))) is None:
+        raise IngredientMismatch(f"`{name}` in `{path.name}` has type {kind}; averaging knows {', '.join(DTYPES)}.")
+    if start < 0 or min(shape, default=0) < 0 or stop - start != dtype.itemsize * math.prod(shape):
+        raise IngredientMismatch(f"`{name}` in `{path.name}` is {kind} {list(shape)} in bytes {start} to {stop}; store the weights again.")
+    return Slot(dtype, shape, data + start, data + stop)
