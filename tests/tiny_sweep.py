@@ -1,8 +1,10 @@
 """A whole sweep in seconds: three colours to tell apart, a CLIP tower of a few thousand weights (or another model), and trials that are the
 init plus noise, written straight into the ledger as `run_trial` would."""
 
+import copy
 import io
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +149,14 @@ def finish_trial(
 
 
 def _init(snapshot: PinnedSnapshot, config: ModelConfig) -> Classifier:
-    """A random tower under a fitted head, the same every time."""
+    """A random tower under a fitted head, the same every time; fitted once."""
+    return copy.deepcopy(_fitted(snapshot, config.model_dump_json()))
+
+
+@cache
+def _fitted(snapshot: PinnedSnapshot, config: str) -> Classifier:
     torch.manual_seed(0)
-    model = build(config)
+    model = build(ModelConfig.model_validate_json(config))
     train = pixels(open_snapshot(snapshot), "train", PREPROCESS)
     head = linear_probe(
         features(model, train.images, PREPROCESS), np.asarray(train.labels), model.head.weight.detach(), model.head.bias.detach()

@@ -84,7 +84,8 @@ def requirements(config: dict[str, Any]) -> list[str]:
     A backbone of the user's own brings the package it is imported from, if it was installed as one.
     """
     own = config["arch"]["name"].partition(":")[0].partition(".")[0] if config.get("kind") == "imported" else ""
-    names = TEXT_SERVED_WITH if _is_text(config) else (*SERVED_WITH, *packages_distributions().get(own, ()))
+    theirs = packages_distributions().get(own, ()) if own else ()  # it opens every installed package
+    names = TEXT_SERVED_WITH if _is_text(config) else (*SERVED_WITH, *theirs)
     return [f"{name}=={installed(name).partition('+')[0]}" for name in names]
 
 
