@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks._memory import Watched
 from stockpot.checkpoints import save_weights
+from stockpot.digests import file_digest
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.weights import open_weights
 
@@ -42,7 +43,7 @@ def measure() -> dict[str, dict[str, Any]]:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(prefix="stockpot-bench-") as scratch:
         folder = Path(scratch)
-        size = _write(folder)
+        size, digests = _write(folder)
         peers: dict[str, Callable[[], object]] = {
             "soup.average_vs_reference": lambda: _reference(folder),
             "soup.average_vs_timm": lambda: _timm(folder),
@@ -51,9 +52,9 @@ def measure() -> dict[str, dict[str, Any]]:
         with _mergekit(folder) as merge:
             if merge:
                 peers["soup.average_vs_mergekit"] = lambda: merge("arithmetic")
-            found = _against(peers, lambda: _ours(folder))
+            found = _against(peers, lambda: _ours(folder, digests))
             if merge:
-                found |= _against({"soup.average_vs_mergekit_written": lambda: merge("written")}, lambda: _ours_written(folder))
+                found |= _against({"soup.average_vs_mergekit_written": lambda: merge("written")}, lambda: _ours_written(folder, digests))
         found |= _memory(folder, size)
     return found
 
@@ -75,18 +76,20 @@ def vit_b_32() -> dict[str, tuple[int, ...]]:
     return body | {"head.weight": (1000, 512), "head.bias": (1000,)}
 
 
-def _write(folder: Path) -> int:
-    """The same files for everyone: safetensors, and pickles for the reference. Returns the bytes of one."""
+def _write(folder: Path) -> tuple[int, list[str]]:
+    """The same files for everyone: safetensors, and pickles for the reference. Returns the bytes of one, and the sha256 of each,
+    which the ledger knows of every ingredient."""
+    digests = []
     rng = torch.Generator().manual_seed(0)
     for number in range(FILES):
         state = {name: torch.randn(shape, generator=rng).mul_(0.02) for name, shape in vit_b_32().items()}
-        save_weights(folder / f"{number}.safetensors", state)
+        digests.append(save_weights(folder / f"{number}.safetensors", state))
         torch.save(state, folder / f"{number}.pt")
-    return (folder / "0.safetensors").stat().st_size
+    return (folder / "0.safetensors").stat().st_size, digests
 
 
-def _ours(folder: Path) -> dict[str, Tensor]:
-    files = [open_weights(folder / f"{number}.safetensors") for number in range(FILES)]
+def _ours(folder: Path, digests: list[str]) -> dict[str, Tensor]:
+    files = [open_weights(folder / f"{number}.safetensors", sha256) for number, sha256 in enumerate(digests)]
     try:
         return average(files)
     finally:
@@ -94,8 +97,8 @@ def _ours(folder: Path) -> dict[str, Tensor]:
             file.close()
 
 
-def _ours_written(folder: Path) -> None:
-    save_weights(folder / "out" / "ours.safetensors", _ours(folder))
+def _ours_written(folder: Path, digests: list[str]) -> None:
+    save_weights(folder / "out" / "ours.safetensors", _ours(folder, digests))
 
 
 def _reference(folder: Path) -> dict[str, Tensor]:
@@ -212,7 +215,7 @@ def _memory(folder: Path, size: int) -> dict[str, dict[str, Any]]:
 
 def _grown(folder: Path, files: int) -> dict[str, int]:
     """Bytes this process grows by at its peak; call it in a fresh one."""
-    opened = [open_weights(folder / f"{number}.safetensors") for number in range(files)]
+    opened = [open_weights(path, file_digest(path)) for path in (folder / f"{number}.safetensors" for number in range(files))]
     with Watched() as memory:
         average(opened)
     return memory.grown

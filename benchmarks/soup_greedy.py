@@ -35,7 +35,7 @@ from stockpot.checkpoints import save_weights
 from stockpot.config import BaseSpec, Init, InitSpec, PinnedSnapshot, SweepSpec
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot, pin
-from stockpot.digests import short
+from stockpot.digests import file_digest, short
 from stockpot.evaluation import logits, normalise, right
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
@@ -83,7 +83,7 @@ def measure() -> dict[str, dict[str, Any]]:
     pools = {"" if size == 24 else f"_{size}": search[:size] for size in SIZES} | {"_narrow": narrow}
     found: dict[str, dict[str, Any]] = {}
     for suffix, paths in pools.items():
-        files = {path.stem: open_weights(path) for path in paths}
+        files = {path.stem: open_weights(path, file_digest(path)) for path in paths}
         for accept in ACCEPTS if len(paths) == NARROW else ACCEPTS[:1]:
             found |= bench.compare(files, accept, suffix + ("" if accept == "improve" else "_ties"))
         for file in files.values():

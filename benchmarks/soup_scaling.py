@@ -34,10 +34,12 @@ def measure() -> dict[str, dict[str, Any]]:
 def _write(folder: Path, scale: float) -> list[Weights]:
     """Eight models with the tensors of a ViT-B/32, each longer or shorter by the scale."""
     rng = torch.Generator().manual_seed(0)
+    files = []
     for number in range(DIFFERENT):
+        path = folder / f"{number}.safetensors"
         shapes = {name: (max(1, int(shape[0] * scale)), *shape[1:]) for name, shape in vit_b_32().items()}
-        save_weights(folder / f"{number}.safetensors", {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()})
-    return [open_weights(folder / f"{number}.safetensors") for number in range(DIFFERENT)]
+        files.append(open_weights(path, save_weights(path, {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()})))
+    return files
 
 
 def _point(files: list[Weights]) -> dict[str, float]:

@@ -17,9 +17,10 @@ from stockpot.release import releasing
 from stockpot.soup import card
 from stockpot.soup.rebuilding import FROM_INIT, rebuild
 from stockpot.soup.recipes.batch_norm import statistics
-from stockpot.soup.recipes.weights import Weights, open_weights
+from stockpot.soup.score_cache import ARITHMETIC
 from stockpot.soup.settling import settle, settling_samples
 from stockpot.soup.soupability import open_init
+from stockpot.soup.stored_mean import is_plain_mean, source, stored_mean
 
 NEAR = 1e-3
 """Largest difference of a BatchNorm statistic, as a share of its tensor's largest, that two machines may have."""
@@ -56,7 +57,7 @@ def reproduce(name: str) -> ModelVersion:
     releasing.read_judgement(version)
     with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
         folder = Path(scratch)
-        found = _rebuilt(report, folder)
+        found = stored_mean(report, folder) if is_plain_mean(report) else _rebuilt(report, folder)
         registered = registry.fetch_version(version, folder / "registered")
         if report.batch_norm_samples:
             _compare_statistics(report, found, registered)
@@ -68,10 +69,7 @@ def reproduce(name: str) -> ModelVersion:
 def _rebuilt(report: SoupReport, folder: Path) -> dict[str, Tensor]:
     """The soup's weights from its ingredients, and from the init where the recipe takes it; BatchNorm statistics as averaged."""
     with ExitStack() as stack:
-        files = {
-            trial: stack.enter_context(closing(_fetch(report, trial, folder / str(place))))
-            for place, trial in enumerate(report.ingredients)
-        }
+        files = {trial: stack.enter_context(closing(source(report, trial).open(folder))) for trial in set(report.ingredients)}
         start = None
         if report.recipe in FROM_INIT:
             start = stack.enter_context(closing(open_init(tracking.read_sweep(report.sweep_id).init, folder)[0]))
@@ -93,25 +91,17 @@ def _compare_statistics(report: SoupReport, averaged: dict[str, Tensor], registe
 
 
 def _another(report: SoupReport, what: str) -> RegistryError:
+    how = report.versions.get("averaging")
+    why = "the record and the weights disagree" if how == ARITHMETIC else f"it was averaged another way ({how or 'not recorded'})"
     return RegistryError(
         f"The {len(report.ingredients)} ingredients of soup {report.soup_sha256[:12]} of {report.model} give {what} than was registered; "
-        f"the record and the weights disagree: cook the sweep again (`stockpot soup {report.sweep_id}`)."
+        f"{why}: cook the sweep again (`stockpot soup {report.sweep_id}`)."
     )
 
 
 def read_report(version: ModelVersion) -> SoupReport:
     """The report a version was registered from. Raises `RegistryError` for a version Stockpot did not make, and for a changed record."""
     return SoupReport.model_validate_json(releasing.read_record(version, "report.json"))
-
-
-def _fetch(report: SoupReport, trial: str, folder: Path) -> Weights:
-    champion = report.champion
-    if champion and trial == champion.ingredient_id:
-        return open_weights(registry.fetch_soup(champion.model, champion.soup_sha256, folder) / "model.safetensors")
-    ingredient = tracking.find_ingredient(report.model, trial)
-    if ingredient is None:
-        raise RegistryError(f"Ingredient {trial} of {report.model} is no longer in the ledger; it may have been pruned.")
-    return open_weights(tracking.fetch_ingredient(ingredient, folder) / "model.safetensors")
 
 
 def _made_of(report: SoupReport) -> str:

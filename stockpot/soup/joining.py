@@ -60,7 +60,7 @@ def _examine(version: ModelVersion, origin: str, pool: Pool, kitchen: Kitchen, s
         raise IngredientMismatch("It is this sweep's own soup, whose ingredients are in the pool already.")
     require_init(init, sweep.init)
     _require_other_samples(sweep, origin)
-    weights, config = open_model(registry.fetch_soup(version.model, version.soup_sha256, folder))
+    weights, config = open_model(registry.fetch_soup(version.model, version.soup_sha256, folder), version.soup_sha256)
     require_alike(weights, config, pool.start, pool.config)
     seen = kitchen.splits["held_out"]
     logits_NC = kitchen.logits(Dish((version.soup_sha256,), partial(average, [weights])), "held_out")

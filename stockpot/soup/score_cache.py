@@ -15,7 +15,7 @@ from stockpot.fields import Metric
 from stockpot.outcomes import Accuracy
 from stockpot.soup.recipes.examining import Verdict
 
-ARITHMETIC = "float32 means"
+ARITHMETIC = "float32 means in the order of sha256"
 """How weights are averaged: another way, other last bits, other scores."""
 
 

@@ -147,7 +147,7 @@ def _examined(ingredient: Ingredient, init: Init, folder: Path) -> Candidate | s
 def _examine(ingredient: Ingredient, init: Init, folder: Path) -> Candidate:
     require_init(ingredient.init_digest, init)
     tracking.fetch_ingredient(ingredient, folder)
-    weights, config = open_model(folder)
+    weights, config = open_model(folder, ingredient.weights_sha256)
     logits = load_weights(folder / "held_out.safetensors").get("logits")
     if logits is None or not bool(logits.isfinite().all()):
         what = "no `logits`" if logits is None else "logits that are no numbers"
@@ -165,13 +165,14 @@ def require_init(init_digest: str, init: Init) -> None:
 def open_init(init: Init, folder: Path) -> tuple[Weights, ModelConfig]:
     """An init's weights, fetched into `folder`, and its config. Raises `ModelError` when it is not what it was."""
     config, state = inits.fetch(init)
-    save_weights(folder / "init.safetensors", state)
-    return open_weights(folder / "init.safetensors"), config
+    sha256 = save_weights(folder / "init.safetensors", state)
+    return open_weights(folder / "init.safetensors", sha256), config
 
 
-def open_model(folder: Path) -> tuple[Weights, ModelConfig]:
-    """A fetched model's weights, all of them numbers, and its config. Raises `IngredientMismatch`."""
-    weights = open_weights(folder / "model.safetensors")
+def open_model(folder: Path, sha256: str) -> tuple[Weights, ModelConfig]:
+    """The weights, all of them numbers, and the config of a model that was fetched and compared with this sha256. Raises
+    `IngredientMismatch`."""
+    weights = open_weights(folder / "model.safetensors", sha256)
     if name := first_non_finite(weights):
         weights.close()
         raise IngredientMismatch(f"`{name}` holds a NaN or an infinity; run its trial again with a lower learning rate.")

@@ -29,6 +29,7 @@ from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked, shuffled
 from stockpot.soup.recipes.speculation import Speculation
+from stockpot.soup.score_cache import ARITHMETIC
 from stockpot.soup.soupability import Pool, check_accuracy, gather
 from stockpot.soup.statistics import calibration_error, temperature
 
@@ -162,9 +163,8 @@ def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:
 
 def versions() -> dict[str, str]:
     """What decides a soup's bits and its decisions, beside its ingredients."""
-    return {"python": platform.python_version()} | {
-        name: installed(name) for name in ("stockpot", "torch", "torchvision", "numpy", "open_clip_torch")
-    }
+    packages = {name: installed(name) for name in ("stockpot", "torch", "torchvision", "numpy", "open_clip_torch")}
+    return {"python": platform.python_version(), **packages, "averaging": ARITHMETIC}
 
 
 def _classes(names: Sequence[str], labels_N: Tensor, single_NC: Tensor, soup_NC: Tensor) -> tuple[ClassChange, ...]:

@@ -8,8 +8,9 @@ whose largest value is taken.
 Numerics. The plain mean of float32 files is summed in float32, in place in the result, and divided once: N roundings, so it is within
 N * 2**-24 of mean(|x|) from the exact mean (Higham 2002, section 4.2), some 5e-7 for 8 files, a ten-thousandth of what one training step
 moves. Everything else (half precision, float64, weighted sums) is summed in float64 and rounded once. Float32 sums depend on their order,
-so files are always summed in the order of their content (`content_order`): the result is a pure function of what is in them, the same for
-any order of arguments, on any machine, with any number of threads, because additions and one division are all it takes.
+so files are always summed in the order of their sha256 (`content_order`): the result is a pure function of what is in them, the same for
+any order of arguments, on any machine, with any number of threads, because additions and one division are all it takes. The sha256 of an
+ingredient is in the ledger; what nobody knew is taken once.
 
 Ignores what the weights mean: BatchNorm statistics are averaged like any tensor and never re-estimated (it can ruin a model).
 """
@@ -26,7 +27,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stockpot.digests import file_digest
 from stockpot.errors import IngredientMismatch
 from stockpot.soup.recipes.weights import Slot, Weights, difference
 
@@ -36,9 +36,6 @@ threads of its own."""
 
 MAPPED = 1 << 28
 """Bytes that are mapped at a time, of all files and by all threads together: fewer, and mapping takes longer than adding."""
-
-SAMPLES = 32
-"""Places at which two files are compared before their whole content is."""
 
 
 class Run(NamedTuple):
@@ -63,13 +60,11 @@ def average(files: Sequence[Weights], coefficients: Sequence[float] | None = Non
     Raises `IngredientMismatch` when keys, shapes, types or ties differ, or integer tensors are unequal.
     """
     for file in files[1:]:
-        if found := difference(file, files[0]):
-            raise IngredientMismatch(f"`{file.path}` cannot be averaged with `{files[0].path}`: {found}.")
+        require_kin(file, files[0])
     order = sorted(files[0].slots, key=lambda name: (-files[0].slots[name].dtype.itemsize, name))
     offsets, total = _offsets(files[0].slots, order)
     buffer = torch.from_numpy(np.empty(total, np.uint8))  # numpy asks for huge pages, torch does not
-    if coefficients is None:
-        files = content_order(files)
+    files = [file.held() for file in (content_order(files) if coefficients is None else files)]  # before threads would each open it
     workers = threads or torch.get_num_threads()
     size = max(1, MAPPED // (workers * len(files) * CHUNK)) * CHUNK
     stretches = iter([stretch for run in _runs(files, order, offsets) for stretch in _stretches(run, size)])  # taken in turns
@@ -83,18 +78,14 @@ def average(files: Sequence[Weights], coefficients: Sequence[float] | None = Non
 
 
 def content_order(files: Sequence[Weights]) -> list[Weights]:
-    """The files by what is in them, whatever the order they are given in: by a few samples of their bytes, and where two have the same
-    samples, by their sha256."""
-    paths = {file.path: file for file in files}
-    keys = {path: _sample(file) for path, file in paths.items()}
-    if len(set(keys.values())) < len(keys):
-        keys = {path: file_digest(path).encode() for path in paths}
-    return sorted(files, key=lambda file: keys[file.path])
+    """The files by sha256, whatever the order they are given in; one alone needs none."""
+    return sorted(files, key=lambda file: file.sha256) if len({file.path for file in files}) > 1 else list(files)
 
 
-def _sample(file: Weights) -> bytes:
-    size = os.fstat(file.fd).st_size
-    return b"".join(os.pread(file.fd, 64, size * place // SAMPLES) for place in range(SAMPLES))
+def require_kin(file: Weights, other: Weights) -> None:
+    """Raises `IngredientMismatch` when two files differ in keys, shapes, types or ties."""
+    if found := difference(file, other):
+        raise IngredientMismatch(f"`{file.path}` cannot be averaged with `{other.path}`: {found}.")
 
 
 def first_non_finite(file: Weights) -> str | None:
@@ -214,12 +205,17 @@ def _view(buffer: Tensor, slot: Slot, offset: int) -> Tensor:
 
 def copied(files: Sequence[Weights], name: str) -> Tensor:
     """An integer or bool tensor that all files agree on. Raises `IngredientMismatch` when they do not."""
-    first, *others = (read_tensor(file, name) for file in files)
+    found = read_tensor(files[0], name)
+    for file in files[1:]:
+        found = agreed(name, found, read_tensor(file, name), (files[0], file))
+    return found
+
+
+def agreed(name: str, one: Tensor, other: Tensor, between: tuple[Weights, Weights]) -> Tensor:
+    """An integer or bool tensor of two files. Raises `IngredientMismatch` when it differs, unless it only counts batches."""
     if name.rsplit(".", 1)[-1] == "num_batches_tracked":
-        return torch.stack([first, *others]).amax(0)
-    for file, other in zip(files[1:], others, strict=True):
-        if not torch.equal(first, other):
-            raise IngredientMismatch(
-                f"`{name}` is an integer tensor and differs between `{files[0].path}` and `{file.path}`: no mean exists."
-            )
-    return first
+        return torch.maximum(one, other)
+    if not torch.equal(one, other):
+        first, second = (file.path for file in between)
+        raise IngredientMismatch(f"`{name}` is an integer tensor and differs between `{first}` and `{second}`: no mean exists.")
+    return one

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
+from stockpot.digests import file_digest
 from stockpot.errors import IngredientMismatch
 
 DTYPES = {
@@ -45,11 +46,23 @@ class Weights:
     slots: dict[str, Slot]
     tied: dict[str, str]
     """Name to the name whose tensor it shares; stored once."""
+    recorded: str | None = None
+    """The sha256 of the file, where whoever opened it had it from storage or had just written it."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file; hashed now, once, where nobody knew it."""
+        return self.recorded or file_digest(self.path)
 
     @cached_property
     def fd(self) -> int:
         """The open file; closed by `close`."""
         return os.open(self.path, os.O_RDONLY)
+
+    def held(self) -> Self:
+        """The file, opened now: it may lose its name on the disk, and its room is free once it is closed."""
+        _ = self.fd
+        return self
 
     def close(self) -> None:
         """Give the file back to the system."""
@@ -57,8 +70,9 @@ class Weights:
             os.close(self.__dict__.pop("fd"))
 
 
-def open_weights(path: Path) -> Weights:
-    """Parse the header. Raises `IngredientMismatch` for a file that is truncated, of another format, or of an unknown type."""
+def open_weights(path: Path, sha256: str | None = None) -> Weights:
+    """Parse the header. sha256: of the file, where it is known already. Raises `IngredientMismatch` for a file that is truncated,
+    of another format, or of an unknown type."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -72,7 +86,7 @@ def open_weights(path: Path) -> Weights:
     end = max((slot.stop for slot in slots.values()), default=8 + length)
     if (size := path.stat().st_size) != end:
         raise IngredientMismatch(f"`{path.name}` has {size:,} bytes, its header describes {end:,}; store the weights again.")
-    return Weights(path, slots, tied)
+    return Weights(path, slots, tied, sha256)
 
 
 def difference(one: Weights, other: Weights) -> str | None:

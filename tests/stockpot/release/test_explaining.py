@@ -131,10 +131,12 @@ def test_every_recipe_is_rebuilt_from_its_record_and_a_flipped_bit_found(
             reproduce(f"{model}/{version.version}")
         mend()
     share = report.model_copy(update={"alpha": 0.70001})
-    with monkeypatch.context() as patch:
-        patch.setattr(explaining, "read_report", lambda _: share)
-        with pytest.raises(RegistryError, match="give another sha256 than was registered"):
-            reproduce(f"{model}/{version.version}")
+    older = share.model_copy(update={"versions": {}})
+    for changed, why in ((share, "the record and the weights disagree"), (older, "averaged another way")):
+        with monkeypatch.context() as patch:
+            patch.setattr(explaining, "read_report", lambda _, changed=changed: changed)
+            with pytest.raises(RegistryError, match=f"give another sha256 than was registered; .*{why}"):
+                reproduce(f"{model}/{version.version}")
     weights = Path(ground.init.uri) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(flipped(whole))

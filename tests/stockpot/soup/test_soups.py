@@ -17,8 +17,8 @@ from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import IngredientMismatch
 from stockpot.evaluation import right
 from stockpot.outcomes import Accuracy
-from stockpot.soup.recipes import averaging
-from stockpot.soup.recipes.averaging import CHUNK, _sample, average, first_non_finite
+from stockpot.soup.recipes import averaging, weights
+from stockpot.soup.recipes.averaging import CHUNK, average, first_non_finite
 from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
 from stockpot.soup.recipes.preranking import by_averaged_logits
@@ -117,9 +117,19 @@ def test_the_order_of_the_files_does_not_matter(tmp_path_factory: pytest.TempPat
 def test_files_that_differ_in_one_number_only_keep_their_order(tmp_path: Path) -> None:
     state = {"w": torch.full((20_000,), 0.1), "x": torch.tensor(1.0)}
     files = stored(tmp_path, [{**state, "x": torch.tensor(number)} for number in (1e8, 3.0, -1e8, 2.0)])
-    assert len({_sample(file) for file in files}) < 4
     for turned in permutations(files):
         assert same(average(files), average(turned))
+
+
+def test_a_file_alone_and_one_whose_digest_is_known_are_not_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = stored(tmp_path, random_states(8, 2))
+    known = [open_weights(file.path, file.sha256) for file in files]
+    wanted = average(files)
+    hashed: list[Path] = []
+    monkeypatch.setattr(weights, "file_digest", lambda path: hashed.append(path) or "0")
+    assert same(average(known), wanted)
+    average([open_weights(files[0].path)] * 2)
+    assert hashed == []
 
 
 def test_files_laid_out_differently_are_matched_by_name(tmp_path: Path) -> None:
