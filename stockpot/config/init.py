@@ -44,8 +44,8 @@ class InitSpec(Closed):
 
     head: Literal["zero_shot", "linear_probe", "random"] = Field(
         "linear_probe",
-        description="zero_shot: from the text tower. linear_probe: fitted on the train split's features to convergence, started from the "
-        "zero-shot head where there is a text tower. random: from the seed.",
+        description="zero_shot: from the text tower. linear_probe: fitted to convergence on the train split's features, started from the "
+        "zero-shot head where there is one; a node computes features once a base model, on a GPU where it has one. random: from the seed.",
     )
     templates: tuple[str, ...] = Field(
         ("a photo of a {}.",), min_length=1, description="Prompt templates, `{}` is the class name; their embeddings are averaged."
@@ -60,7 +60,18 @@ class InitSpec(Closed):
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no `{{}}` for the class name; write it like 'a photo of a {{}}.'")
+            if not _holds_one_name(template):
+                raise ValueError(
+                    f"template {template!r} has braces other than one `{{}}` for the class name; write it like 'a photo of a {{}}.'"
+                )
         return self
+
+
+def _holds_one_name(template: str) -> bool:
+    try:
+        return template.format("ant") == template.replace("{}", "ant")  # not so where `{{}}` escapes the braces
+    except (LookupError, ValueError):
+        return False
 
 
 class Init(Closed):

@@ -92,11 +92,11 @@ class Soup(PythonModel):  # type: ignore[misc]  # mlflow is untyped
 
     @torch.inference_mode()
     def head_for(self, labels: list[str], templates: list[str]) -> nn.Linear:
-        """A zero-shot head over these labels. Raises ValueError where the text tower was dropped or a template has no `{}`."""
+        """A zero-shot head over these labels. Raises ValueError where the text tower was dropped or a template has not one `{}`."""
         if self.model.text is None:
             raise Refused("this version has no text tower, so it knows its own classes only; retrain with `text_tower: keep`")
-        if not templates or not all("{}" in template for template in templates):
-            raise Refused("every template needs `{}` for the label, as in 'a photo of a {}.'")
+        if not templates or not all(map(_holds_one_name, templates)):
+            raise Refused("every template needs one `{}` for the label and no other braces, as in 'a photo of a {}.'")
         weight_CD = self.model.text.zero_shot_head(labels, templates, self.device)
         head = nn.Linear(weight_CD.shape[1], len(labels), bias=False, device=self.device)
         head.weight.copy_(weight_CD)
@@ -207,6 +207,14 @@ def require_same_logits(model: Classifier, stored: list[list[float]], side: int)
             f"the loaded model is not the registered one: its logits differ from the stored ones by {apart:.1e} of the largest, 1e-4 is "
             "allowed; install the versions in requirements.txt, and leave model.json as it was registered"
         )
+
+
+def _holds_one_name(template: str) -> bool:
+    """Whether a prompt template has one `{}` and no other braces, as `stockpot.config.init` asks of a request."""
+    try:
+        return "{}" in template and template.format("ant") == template.replace("{}", "ant")
+    except (LookupError, ValueError):
+        return False
 
 
 def _answer(classes: list[str], places: list[int], probabilities: list[float]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _made(name: str) -> nn.Module:
     module, _, attribute = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a name that begins with a dot
         raise ModelError(
             f"There is no backbone `{name}` ({error}): write `package.module:name` of a package installed here and where trials run."
         ) from error

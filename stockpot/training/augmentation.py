@@ -174,7 +174,7 @@ class Imported:
         """This one, after a look whether it can be imported."""
         try:
             function = self._function
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a name that begins with a dot
             raise BadRequest(
                 f"The augmentation `{self.name}` cannot be imported ({error}); it must be installed where the trial runs."
             ) from error

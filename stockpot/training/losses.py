@@ -95,7 +95,7 @@ def _imported(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         function: Any = getattr(importlib.import_module(module), attribute)
         if not callable(function):
             raise ValueError(f"it is {type(function).__name__}, not a function of logits and targets")
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a name that begins with a dot
         raise BadRequest(
             f"There is no loss `{name}` ({error}): write cross_entropy, binary_cross_entropy, or `package.module:name` "
             "of an installed package."

@@ -42,5 +42,6 @@ def require_same_classes(data: PinnedData) -> None:
 
 def _is_here(name: str) -> bool:
     """Whether it can be known here what the name stands for."""
-    package, separator, _ = name.partition(":")
-    return not separator or not package or find_spec(package.partition(".")[0]) is not None
+    module, separator, _ = name.partition(":")
+    package = module.partition(".")[0]
+    return not separator or not package or find_spec(package) is not None

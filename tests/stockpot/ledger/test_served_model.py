@@ -122,8 +122,9 @@ def test_a_kept_text_tower_answers_about_other_labels(tmp_path: Path) -> None:
     wanted = logits(model.for_classes(labels, templates), pixels, PREPROCESS).softmax(1).amax(1)
     assert [answer["probability"] for answer in answers] == pytest.approx(wanted.tolist(), abs=1e-5)
     assert {answer["label"] for answer in loaded.predict([{"image": data} for data in images])} <= set(CLASSES)
-    with pytest.raises(ValueError, match="every template needs"):
-        loaded.unwrap_python_model().predict(None, [{"image": images[0]}], {"labels": labels, "templates": ["a photo"]})
+    for template in ("a photo", "a {} of {x}", "a {} {", "a {{}}"):
+        with pytest.raises(ValueError, match="every template needs one `"):
+            loaded.unwrap_python_model().predict(None, [{"image": images[0]}], {"labels": labels, "templates": [template]})
 
 
 def test_without_a_text_tower_other_labels_are_refused(served: tuple[served_model.Soup, Any]) -> None:

@@ -24,6 +24,8 @@ from stockpot.training.rehearsal import rehearse
         ({"augmentation": "torch:float32"}, "`torch:float32` is a value of type dtype; name a function"),
         ({"last_epoch_augmentation": "torch:augment"}, "`torch:augment` cannot be imported"),
         ({"augmentation": ":augment"}, "`:augment` cannot be imported"),
+        ({"augmentation": ".x:augment"}, r"`\.x:augment` cannot be imported"),
+        ({"loss": ".x:y"}, r"no loss `\.x:y`"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused(ground, settings, said):
