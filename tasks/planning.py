@@ -1,9 +1,10 @@
 """What happens before a GPU is taken: pin the data, prepare the shared init, draw the trials, open the sweep in the ledger.
 Library modules are imported inside the tasks: importing a flow must stay cheap."""
 
+from functools import partial
 from typing import Literal
 
-from prefect import runtime, task
+from prefect import get_run_logger, runtime, task
 
 from stockpot.config import Init, PinnedData, RetrainRequest, Sweep
 from stockpot.outcomes import Accuracy
@@ -27,16 +28,19 @@ def pin_data(request: RetrainRequest) -> PinnedData:
 @task(name="prepare init", **TRANSIENT)
 async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
     """The shared start of all trials, built once and found again by its key."""
-    init: Init = await in_own_process(_prepare, request, data)
+    init: Init = await in_own_process(_prepare, request, data, say=get_run_logger().info)
     return init
 
 
 def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     from stockpot.training.inits import prepare
+    from stockpot.training.probing import probed
     from stockpot.training.rehearsal import rehearse, require_same_classes
 
     require_same_classes(data)
-    init = prepare(request.base, request.init, data.snapshot, request.store)
+    read = request.data
+    probe = partial(probed, loader_workers=read.loader_workers, skip_fraction=read.skip_fraction, reading=read.reading)
+    init = prepare(request.base, request.init, data.snapshot, request.store, probe)
     rehearse(request.sweep, init)
     return init
 

@@ -2,9 +2,11 @@
 should give its memory back when it is done."""
 
 import asyncio
+import logging
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 from prefect import get_run_logger
@@ -45,7 +47,39 @@ def flow_run_page(flow_run_id: Any) -> str | None:
     return f"{pages}/runs/flow-run/{flow_run_id}" if pages else None
 
 
-async def in_own_process(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a library call in a fresh process: a parent that waits for hours must not keep torch and a model in memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+async def in_own_process(call: Callable[..., Any], *arguments: Any, say: Callable[[str], None] | None = None) -> Any:
+    """Run a library call in a fresh process: a parent that waits for hours must not keep torch and a model in memory.
+
+    say: called with every line that the library logs there, from another thread. None: they go where that process sends them.
+    """
+    context = multiprocessing.get_context("spawn")
+    if say is None:
+        return await _called(ProcessPoolExecutor(1, mp_context=context), call, *arguments)
+    lines = context.Queue()
+    listener = QueueListener(lines, _Telling(say))
+    listener.start()
+    try:
+        return await _called(ProcessPoolExecutor(1, mp_context=context, initializer=_log_into, initargs=(lines,)), call, *arguments)
+    finally:
+        listener.stop()
+
+
+async def _called(pool: ProcessPoolExecutor, call: Callable[..., Any], *arguments: Any) -> Any:
+    with pool:
         return await asyncio.wrap_future(pool.submit(call, *arguments))
+
+
+class _Telling(logging.Handler):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+
+def _log_into(lines: Any) -> None:
+    """In the fresh process, before the call."""
+    library = logging.getLogger("stockpot")
+    library.addHandler(QueueHandler(lines))
+    library.setLevel(logging.INFO)

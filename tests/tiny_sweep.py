@@ -30,7 +30,7 @@ from stockpot.outcomes import Ingredient
 from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
 from stockpot.sweeps import plan
-from stockpot.training.inits import linear_probe
+from stockpot.training.probing import linear_probe
 
 CLASSES = ("red", "green", "blue")
 PREPROCESS = Preprocess(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -159,7 +159,7 @@ def _fitted(snapshot: PinnedSnapshot, config: str) -> Classifier:
     model = build(ModelConfig.model_validate_json(config))
     train = pixels(open_snapshot(snapshot), "train", PREPROCESS)
     head = linear_probe(
-        features(model, train.images, PREPROCESS), np.asarray(train.labels), model.head.weight.detach(), model.head.bias.detach()
+        features(model, train.images, PREPROCESS).numpy(), np.asarray(train.labels), model.head.weight.detach(), model.head.bias.detach()
     )
     model.head.load_state_dict(dict(zip(("weight", "bias"), head, strict=True)))
     return model

@@ -17,7 +17,10 @@ class DataSpec(Closed):
     test: Uri | None = Field(None, description="Snapshot read once, for the report; it never selects.")
     shifts: dict[str, Uri] = Field(default_factory=dict, description="Shift suites, name to snapshot: reported and gated, never selecting.")
     loader_workers: int = Field(
-        0, ge=0, le=64, description="Processes that decode and augment for one trial. 0 decodes in the trial itself."
+        0,
+        ge=0,
+        le=64,
+        description="Processes that decode and augment for one trial, and decode for the linear probe. 0 decodes where the model is.",
     )
     skip_fraction: Fraction = Field(
         0.0, description="Share of train samples that may be unreadable before the trial fails. held_out, gate and test allow none."

@@ -38,6 +38,8 @@ class Made(NamedTuple):
     """uint8 B3SS, or tokens int32 BL."""
     labels: Tensor
     """int64 B."""
+    samples: NDArray[np.int64]
+    """Their ids, B."""
     counts: dict[str, int]
     skipped: list[str]
     """Shard, sample and reason of every unreadable one."""
@@ -82,7 +84,7 @@ class Maker(Dataset[Made]):
         labels = torch.from_numpy(rows["label"][good].astype(np.int64))
         counts = {"planned": len(inputs), "read": len(good), "skipped": len(skipped), **self._fetched}
         self._fetched.clear()
-        return Made(batch, labels, counts, skipped)
+        return Made(batch, labels, wanted.ids[good], counts, skipped)
 
     def _where(self, sample: int, reason: str) -> str:
         shard = self.snapshot.manifest.shards[int(self.snapshot.index.rows[sample]["shard"])].key

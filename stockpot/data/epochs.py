@@ -1,7 +1,7 @@
 """The order of an epoch: a pure function of (manifest digest, seed, epoch). No buffers, clocks or process ids, so resuming is an integer.
 
 Shards are permuted; then the samples of every group of 8 shards are permuted together. Neighbours come from 8 shards, yet a node needs
-only 8 shards at a time. Memory is one group, whatever the number of shards.
+only 8 shards at a time. Memory is one group, whatever the number of shards. A plan that is not `shuffled` leaves all in the index's order.
 """
 
 import hashlib
@@ -34,6 +34,7 @@ class EpochPlan:
     rank: int = 0
     world: int = 1
     drop_last: bool = False
+    shuffled: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world:
@@ -80,11 +81,13 @@ class EpochPlan:
     def groups(self, epoch: int) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
         """Up to 8 shards, and their samples in the order they are read."""
         generator = self._generator(epoch)
-        order = generator.permutation(np.flatnonzero(self.counts))
+        order = np.flatnonzero(self.counts)
+        if self.shuffled:
+            order = generator.permutation(order)
         for at in range(0, len(order), GROUP):
             members = order[at : at + GROUP]
             ids = np.concatenate([np.arange(*self.ids(shard)) for shard in members])
-            yield members.tolist(), generator.permutation(ids)
+            yield members.tolist(), generator.permutation(ids) if self.shuffled else ids
 
     def ids(self, shard: int) -> tuple[int, int]:
         """The range of ids of this split's samples in a shard."""

@@ -115,7 +115,7 @@ class NodeCache:
             kept = {sha256 for contents in held.values() for sha256 in contents}
             prefixes = tuple(digest[:12] for digest, contents in held.items() if contents)
             removed = 0
-            found = [path for path in (*self.root.glob("sha256/*/*"), *self.root.glob("pixels/*")) if path.suffix != ".lock"]
+            found = [path for kind in ("sha256/*/*", "pixels/*", "features/*") for path in self.root.glob(kind) if path.suffix != ".lock"]
             for path in sorted(found, key=lambda path: path.lstat().st_mtime):
                 if self.free() >= wanted:
                     break
@@ -144,7 +144,7 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path} cannot be written to disk: {error.strerror}. Free some space, then start again.") from error
+        raise DataError(f"{path} cannot be written to disk: {error.strerror or error}. Free some space, then start again.") from error
 
 
 def _raise_failure_since(asked: float, lock: TextIO) -> None:

@@ -14,6 +14,7 @@ from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -47,10 +48,12 @@ class Batch(NamedTuple):
     """uint8 B3SS, or tokens int32 BL."""
     labels: Tensor
     """int64 B."""
+    samples: NDArray[np.int64] = np.empty(0, np.int64)
+    """Their ids in the snapshot, B: those that could be read. None where no snapshot is behind the batch."""
 
 
 class TrainReader:
-    """One split in batches, for training.
+    """One split in batches, for training; `shuffled=False` reads it in its own order, where a batch may be left without a sample.
 
     The order depends only on (snapshot, seed, epoch): not on `loader_workers` or `reading`, and `batches(epoch, skip=n)` goes on exactly
     where n batches left off. `batch_size` is over all ranks; each of `world` ranks gets its share of every batch. `augment` gets the
@@ -72,11 +75,12 @@ class TrainReader:
         world: int = 1,
         drop_last: bool = False,
         split: str = "train",
+        shuffled: bool = True,
         reading: Reading = "auto",
         say: Callable[[str], None] = logger.info,
     ) -> None:
         counts = np.array([shard.counts.get(split, 0) for shard in snapshot.manifest.shards], np.int64)
-        self.plan = EpochPlan(snapshot.digest, counts, snapshot.first(split), seed, batch_size, rank, world, drop_last)
+        self.plan = EpochPlan(snapshot.digest, counts, snapshot.first(split), seed, batch_size, rank, world, drop_last, shuffled)
         self.snapshot, self.loader_workers, self.skip_fraction = snapshot, loader_workers, skip_fraction
         self.reading = choose_reading(snapshot, reading, say)
         self.counters: Counter[str] = Counter(planned=0, read=0, skipped=0, bytes_from_storage=0, cache_hits=0, retries=0)
@@ -99,12 +103,12 @@ class TrainReader:
                 self.counters.update(made.counts)
                 self.skipped += made.skipped
                 skipped += len(made.skipped)
-                if skipped > allowed or not len(made.labels):
+                if skipped > allowed or (self.plan.shuffled and not len(made.labels)):  # no step can be made of nothing
                     raise SkipBudgetExceeded(
                         f"{skipped:,} of {self.plan.planned:,} samples of epoch {epoch} are unreadable, {allowed:,} are allowed "
                         f"(skip_fraction {self.skip_fraction:g}). First: {made.skipped[0]}. Repair it, or allow a fraction of train."
                     )
-                yield Batch(made.images, made.labels)
+                yield Batch(made.images, made.labels, made.samples)
 
     def _cached(self, epoch: int, skip: int) -> Generator[Made, None, None]:
         """From the node cache, which is filled in the order of need while batches are made."""

@@ -5,48 +5,42 @@ weights and config. `{store}/inits/{key}/init.json` is the commit marker: it is
 created once, last, and names the folder that holds the weights under their own digest. Two builders at once therefore agree.
 """
 
-# N samples, C classes, D features
+# C classes, D features
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stockpot import storage
 from stockpot.config import TEXT_PREFIX, BaseSpec, Init, InitSpec, PinnedSnapshot
-from stockpot.data.shards import pixels
-from stockpot.data.snapshots import open_snapshot
+from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.digests import canonical, digest, file_digest
 from stockpot.errors import ModelError, ObjectExists, ObjectMissing
-from stockpot.evaluation import features
 from stockpot.models.bases import Base, load_base
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import FILES, read_model, write_model
 from stockpot.models.loading import load_state
 from stockpot.models.naming import is_uri
+from stockpot.training.probing import probed
 
-PROBE_SD = 10.0
-"""Standard deviation of the Gaussian prior around the starting head, which makes the probe's optimum unique where classes are separable.
-Wide: a CLIP head's rows are 14 to 100 long, over 64 to 1024 features. Features are of unit length, by nature or in the mean square."""
-GRADIENT = 1e-7
-"""Largest slope of the mean loss at the probe's optimum."""
-ROUNDS = 10
-"""A probe that has not converged after so many thousand iterations of L-BFGS is refused."""
+Probe = Callable[[Classifier, Snapshot, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(model, snapshot, weight (C, D), bias (C)) to the weight and bias of a linear probe that starts there."""
 
 
-def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str) -> Init:
+def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str, probe: Probe = probed) -> Init:
     """Build the init, or find the one already built from the same base, spec and snapshot.
 
-    Raises `ModelError` for a base that cannot be built, a zero-shot head without a text tower, and a probe that does not converge.
+    probe: asked for a `linear_probe` head. Raises `ModelError` for a base that cannot be built, a zero-shot head without a text tower, and
+    a probe that does not converge.
     """
     root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest, _contents(base)])[:12]}"
     if storage.exists(f"{root}/init.json"):
         return _committed(root)
-    classifier = _build(base, spec, snapshot)
+    classifier = _build(base, spec, open_snapshot(snapshot), probe)
     with TemporaryDirectory(prefix="stockpot-init-") as name:
         folder = Path(name)
         identity = digest([write_model(folder, classifier), classifier.config])
@@ -100,21 +94,16 @@ def _committed(root: str) -> Init:
     return Init.model_validate(json.loads(storage.read_bytes(f"{root}/init.json")))
 
 
-def _build(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot) -> Classifier:
-    classes = open_snapshot(snapshot).classes
+def _build(base: BaseSpec, spec: InitSpec, snapshot: Snapshot, probe: Probe) -> Classifier:
     loaded = load_base(base, seed=spec.seed)
     if base.text_tower == "keep" and loaded.text is None:
         raise ModelError(f"`{base.arch}` has no text tower to keep; leave `text_tower` at drop.")
-    config = loaded.config(classes, keep_text=base.text_tower == "keep", frozen_head=spec.freeze_head)
+    config = loaded.config(snapshot.classes, keep_text=base.text_tower == "keep", frozen_head=spec.freeze_head)
     classifier = build(config)
     weight_CD, bias_C = _start(loaded, base, spec, classifier)
     load_state(classifier, {**loaded.state(config), "head.weight": weight_CD, "head.bias": bias_C})
     if spec.head == "linear_probe":
-        split = pixels(open_snapshot(snapshot), "train", config.preprocess)
-        features_ND = features(classifier, split.images, config.preprocess)
-        unit = torch.ones(()) if config.kind == "open_clip" else features_ND.square().sum(dim=1).mean().sqrt()
-        weight_CD, bias_C = linear_probe(features_ND / unit, np.asarray(split.labels), weight_CD, bias_C)
-        weight_CD /= unit
+        weight_CD, bias_C = probe(classifier, snapshot, weight_CD, bias_C)
         classifier.head.load_state_dict({"weight": weight_CD, "bias": bias_C})
     return classifier
 
@@ -131,44 +120,3 @@ def _start(loaded: Base, base: BaseSpec, spec: InitSpec, classifier: Classifier)
     if spec.head == "zero_shot":
         raise ModelError(f"`{base.arch}` has no text tower, a zero_shot head needs one; ask for the head `linear_probe` or `random`.")
     return torch.zeros(shape), torch.zeros(shape[0])
-
-
-def linear_probe(
-    features_ND: Tensor, labels_N: np.ndarray, weight_CD: Tensor, bias_C: Tensor, *, rows: int = 16_384
-) -> tuple[Tensor, Tensor]:
-    """The most probable head under a Gaussian prior, `PROBE_SD` wide, around the head it starts from.
-
-    Strictly convex, solved by L-BFGS in float64 until the gradient vanishes, so neither a seed nor a step count decides the result.
-    `rows` bounds memory: features are visited in pieces of that many.
-    """
-    start_CD = torch.cat([weight_CD, bias_C[:, None]], dim=1).double()
-    head_CD = start_CD.clone().requires_grad_()
-    labels = torch.as_tensor(labels_N)
-    search = torch.optim.LBFGS(
-        [head_CD], max_iter=1000, history_size=20, tolerance_grad=GRADIENT, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        search.zero_grad()
-        loss = (head_CD - start_CD).square().sum() / (2 * PROBE_SD**2 * len(labels))
-        loss.backward()  # type: ignore[no-untyped-call]
-        for low in range(0, len(labels), rows):
-            logits_NC = functional.linear(features_ND[low : low + rows].double(), head_CD[:, :-1], head_CD[:, -1])
-            part = functional.cross_entropy(logits_NC, labels[low : low + rows], reduction="sum") / len(labels)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss = loss.detach() + part.detach()
-        return loss
-
-    for _ in range(ROUNDS):
-        search.step(closure)  # type: ignore[no-untyped-call]
-        closure()  # the search may have left the slope of a point it did not take
-        slope = float(head_CD.grad.abs().max()) if head_CD.grad is not None else 0.0
-        if slope <= GRADIENT:
-            break
-    else:
-        raise ModelError(
-            f"The linear probe's slope is {slope:.1e} after {ROUNDS * 1000:,} iterations, needed is {GRADIENT:.0e}: the base model's "
-            "features are no fit numbers; look at its preprocessing, or ask for another head."
-        )
-    found = head_CD.detach().float()
-    return found[:, :-1].contiguous(), found[:, -1].contiguous()
