@@ -127,7 +127,7 @@ class Cost(Closed):
 
     samples: int = Field(description="Forward passes of one sample.")
     seconds: float
-    peak_bytes: int = Field(description="Most memory the process had held by then; on a GPU, most of the device's memory during it.")
+    peak_bytes: int | None = Field(description="Most memory resident during it, or on a GPU allocated there; None where nobody counts it.")
 
 
 class Calibration(Closed):
@@ -211,7 +211,7 @@ class SoupReport(Closed):
         default_factory=dict, description="Trial id to its angles with every trial of `trials`, seen from the init, in degrees."
     )
     costs: dict[str, Cost] = Field(default_factory=dict, description="By recipe, in the order they were made.")
-    calibration: dict[str, Calibration] = Field(default_factory=dict, description="By recipe, for those always shown and the shipped one.")
+    calibration: dict[str, Calibration] = Field(default_factory=dict, description="By recipe.")
     midpoints: dict[str, Accuracy] = Field(
         default_factory=dict, description="Trial id to the held-out accuracy half way between it and the best single, if asked for."
     )
@@ -268,6 +268,8 @@ class GateDecision(Closed):
     reason: str
     waits: bool = Field(False, description="Passed, and a person must approve: see `stockpot.release.releasing.settle`.")
     gate_digest: str = Field("", description="Of the request's `gate` it was judged by; another gate judges again.")
+    evidence: str = Field("", description="Where the evidence it follows from is stored; empty where nothing was measured.")
+    evidence_sha256: str = Field("", description="Of that file.")
     champion_before: int | None = None
     gate: Paired | None = Field(None, description="On the gate split.")
     shifts: dict[str, Paired] = Field(default_factory=dict, description="On every shift suite.")

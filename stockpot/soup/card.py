@@ -1,7 +1,8 @@
 """The soup card: what a soup is made of, what it scored and how each ingredient was decided, as markdown for a run and a version page."""
 
 from stockpot.fields import METRICS
-from stockpot.outcomes import Accuracy, GreedyStep, Scores, SoupReport
+from stockpot.outcomes import Accuracy, GreedyStep, SoupReport
+from stockpot.soup import table
 from stockpot.soup.marginal import expected_gain
 
 
@@ -10,13 +11,12 @@ def write(report: SoupReport) -> str:
     parts = [
         f"# {report.model}: {report.recipe} soup {report.soup_sha256[:12]}",
         verdict(report),
-        _scores(report),
-        _extras(report),
+        _comparison(report),
         _decisions(report),
-        _close_calls(report),
-        _soupability(report),
+        _listed("Near misses", near_misses(report)),
+        _listed("Soupability", soupability(report)),
         _worth(report),
-        _excluded(report),
+        _listed("Left out before cooking", [f"{trial}: {reason}" for trial, reason in report.excluded.items()]),
         _facts(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -37,30 +37,10 @@ def verdict(report: SoupReport) -> str:
     return f"{len(report.ingredients)} of {len(report.trials)} trials. Against the best single model, in points: {', '.join(told)}."
 
 
-def _scores(report: SoupReport) -> str:
-    suites = sorted(report.scores["best_single"].shifts)
-    head = [f"{METRICS[report.metric]}, %", "held_out", "gate", "test", *suites, "mean shift"]
-    lines = [_line(head), _line(["---"] * len(head))]
-    lines += [_line([name.replace("_", " "), *_cells(scores, suites)]) for name, scores in report.scores.items()]
-    return "## Scores\n\n" + "\n".join(lines)
-
-
-def _extras(report: SoupReport) -> str:
-    """Calibration and cost, where they were measured."""
-    head = ["", "ECE on gate, %", "with temperature", "temperature", "samples looked at", "seconds", "peak memory, GB"]
-    lines = []
-    for name in dict.fromkeys([*report.calibration, *report.costs]):
-        known, cost = report.calibration.get(name), report.costs.get(name)
-        told = [f"{100 * known.before:.2f}", f"{100 * known.after:.2f}", f"{known.temperature:.2f}"] if known else [""] * 3
-        told += [f"{cost.samples:,}", f"{cost.seconds:.1f}", f"{cost.peak_bytes / 1e9:.2f}"] if cost else [""] * 3
-        lines.append(_line([name.replace("_", " "), *told]))
-    return "\n".join(["## Calibration and cost\n", _line(head), _line(["---"] * len(head)), *lines]) if lines else ""
-
-
-def _cells(scores: Scores, suites: list[str]) -> list[str]:
-    average = scores.shift_average
-    splits = [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
-    return [*[_percent(split) for split in splits], "" if average is None else f"{100 * average:.2f}"]
+def _comparison(report: SoupReport) -> str:
+    head = table.head(report)
+    lines = [_line(head), _line(["---"] * len(head)), *[_line(row) for row in table.rows(report)]]
+    return "\n".join(["## Comparison\n", *lines, "", *[f"- {note}" for note in table.NOTES]])
 
 
 def _decisions(report: SoupReport) -> str:
@@ -88,30 +68,35 @@ NEAR = 3
 """Right answers that a near miss lacks at the most."""
 
 
-def _close_calls(report: SoupReport) -> str:
-    """What greedy can miss by a few answers: ingredients it left out, and recipes that score better on held_out than what ships."""
+def near_misses(report: SoupReport) -> list[str]:
+    """What greedy can miss by a few answers, as sentences: ingredients it left out, and recipes that score better on held_out than what
+    ships."""
     lines = [
-        f"- Greedy left out {step.trial_id} at {_counts(step.after)}, {step.lacked} below the soup without it."
+        f"Greedy left out {step.trial_id} at {_counts(step.after)}, {step.lacked} below the soup without it."
         for step in report.steps
         if step.lacked is not None and step.lacked <= NEAR
     ]
     shipped = report.scores[report.recipe].held_out
     lines += [
-        f"- {name.replace('_', ' ').capitalize()} has {_counts(scores.held_out)} on held_out, what ships {_counts(shipped)}."
+        f"{name.replace('_', ' ').capitalize()} has {_counts(scores.held_out)} on held_out, what ships {_counts(shipped)}."
         for name, scores in report.scores.items()
         if scores.held_out.value > shipped.value
     ]
-    return "## Near misses\n\n" + "\n".join(lines) if lines else ""
+    return lines
 
 
-def _soupability(report: SoupReport) -> str:
-    """How the pool lies: the same weights twice, and half way from the best single model to each other."""
-    lines = [f"- The same weights to the bit: {', '.join(group)}." for group in report.duplicates]
+def soupability(report: SoupReport) -> list[str]:
+    """How the pool lies, as sentences: the same weights twice, and half way from the best single model to each other."""
+    lines = [f"The same weights to the bit: {', '.join(group)}." for group in report.duplicates]
     ends = {point.trial_id: point.scores.held_out for point in report.trials}
     for trial, middle in report.midpoints.items():
         sunk = (ends[trial].value + ends[report.best_single].value) / 2 - middle.value
-        lines.append(f"- Half way to {trial}: {_percent(middle)} %, {100 * -sunk:+.2f} points against the mean of both ends.")
-    return "## Soupability\n\n" + "\n".join(lines) if lines else ""
+        lines.append(f"Half way to {trial}: {table.percent(middle)} %, {100 * -sunk:+.2f} points against the mean of both ends.")
+    return lines
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    return "\n".join([f"## {title}\n", *[f"- {line}" for line in lines]]) if lines else ""
 
 
 def _worth(report: SoupReport) -> str:
@@ -128,7 +113,7 @@ WORTH = ["trials", "greedy on held_out, %", "accelerator hours", "points per tri
 def worth_rows(report: SoupReport) -> list[list[str]]:
     """The marginal curve as cells under `WORTH`; a point's gains are over the point before it."""
     return [
-        [str(one.trials), _percent(one.held_out), f"{one.accelerator_hours:.3g}", _gain(one.gain_per_trial), _gain(one.gain_per_hour)]
+        [str(one.trials), table.percent(one.held_out), f"{one.accelerator_hours:.3g}", _gain(one.gain_per_trial), _gain(one.gain_per_hour)]
         for one in report.marginal
     ]
 
@@ -145,12 +130,6 @@ def expectation(report: SoupReport) -> str:
 
 def _gain(gain: float | None) -> str:
     return "" if gain is None else f"{100 * gain:+.3f}"
-
-
-def _excluded(report: SoupReport) -> str:
-    if not report.excluded:
-        return ""
-    return "## Left out before cooking\n\n" + "\n".join(f"- {trial}: {reason}" for trial, reason in report.excluded.items())
 
 
 def _facts(report: SoupReport) -> str:
@@ -178,10 +157,6 @@ def identity(report: SoupReport) -> dict[str, str]:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _percent(score: Accuracy | None) -> str:
-    return f"{100 * score.value:.2f}" if score else ""
 
 
 def _counts(score: Accuracy | None) -> str:

@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from stockpot.config import Init, SoupSpec
-from stockpot.evaluation import accuracy
-from stockpot.outcomes import Accuracy, AlphaPoint, Scores
+from stockpot.outcomes import Accuracy, AlphaPoint
 from stockpot.soup.dishes import on_line, prune, stock
-from stockpot.soup.kitchen import Kitchen
+from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
 from stockpot.soup.recipes.geometry import angles, gram
 from stockpot.soup.recipes.interpolation import ALPHAS
+from stockpot.soup.tasting import Logits, Taste, taste, taste_logits
 
 Recipes = Mapping[str, Sequence[str]]
 """`best_single`, `uniform` and `greedy` to their trials."""
@@ -27,7 +26,7 @@ Recipes = Mapping[str, Sequence[str]]
 class Comparison:
     """What was asked for, empty where it was not."""
 
-    scores: dict[str, Scores] = field(default_factory=dict)
+    tastes: dict[str, Taste] = field(default_factory=dict)
     alphas: dict[str, tuple[AlphaPoint, ...]] = field(default_factory=dict)
     angles: dict[str, tuple[float, ...]] = field(default_factory=dict)
     midpoints: dict[str, Accuracy] = field(default_factory=dict)
@@ -35,21 +34,24 @@ class Comparison:
 
 def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec) -> Comparison:
     """Make and score everything in `spec.compare`."""
-    make: dict[str, Callable[[], Scores]] = {
-        "pruned": lambda: kitchen.scores(prune(kitchen)),
-        "learned": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=False)),
-        "learned_by_layer": lambda: kitchen.scores(kitchen.learned(spec.mixing, by_layer=True)),
-        "model_stock": lambda: kitchen.scores(stock(kitchen, init)),
+    dishes: dict[str, Callable[[], Dish]] = {
+        "pruned": lambda: prune(kitchen),
+        "learned": lambda: kitchen.learned(spec.mixing, by_layer=False),
+        "learned_by_layer": lambda: kitchen.learned(spec.mixing, by_layer=True),
+        "model_stock": lambda: stock(kitchen, init),
+    }
+    ensembles: dict[str, Callable[[], Logits]] = {
         "ensemble": lambda: _ensemble(kitchen, tuple(kitchen.pool.candidates)),
         "greedy_ensemble": lambda: _ensemble(kitchen, _ensemble_members(kitchen, spec)),
     }
-    scores: dict[str, Scores] = {}
+    tastes: dict[str, Taste] = {}
     for name in spec.compare:
-        if name in make and name != spec.recipe:
-            with kitchen.measured(name):
-                scores[name] = make[name]()
+        if name in dishes and name != spec.recipe:
+            tastes[name] = taste(kitchen, name, dishes[name])[1]
+        elif name in ensembles:
+            tastes[name] = taste_logits(kitchen, name, ensembles[name])
     return Comparison(
-        scores,
+        tastes,
         {name: _line(kitchen, init, trials) for name, trials in recipes.items()} if "wise_ft" in spec.compare else {},
         _angles(kitchen) if "angles" in spec.compare else {},
         _midpoints(kitchen, recipes["best_single"][0]) if "midpoints" in spec.compare else {},
@@ -61,12 +63,8 @@ def _ensemble_members(kitchen: Kitchen, spec: SoupSpec) -> tuple[str, ...]:
     return greedy_ensemble(own, torch.as_tensor(kitchen.splits["held_out"].labels), spec.accept, kitchen.metric)
 
 
-def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Scores:
-    def score(split: str) -> Accuracy:
-        own: dict[str, Tensor] = {trial: kitchen.logits(kitchen.soup([trial]), split) for trial in trials}
-        return accuracy(ensemble(own, list(trials)), kitchen.splits[split].labels, kitchen.metric)
-
-    return kitchen.scores_by(score)
+def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Logits:
+    return lambda split: ensemble({trial: kitchen.logits(kitchen.soup([trial]), split) for trial in trials}, trials)
 
 
 def _line(kitchen: Kitchen, init: Init, trials: Sequence[str]) -> tuple[AlphaPoint, ...]:

@@ -4,7 +4,6 @@ the scores already known. A soup is a list of trial ids; one named twice counts 
 Every forward pass has the same shape (a short block is filled up), so that what a model says about a sample does not depend on the block.
 """
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from stockpot.models.classifier import Classifier, build
 from stockpot.models.folders import check_fingerprint, write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, Cost, Scores
+from stockpot.soup import footprint
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.batch_norm import norms
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine
@@ -104,6 +104,7 @@ class Kitchen:
         self._settled = (f"BatchNorm of {sum(map(len, self.settling))} samples of {main.digest}",) if self.settling else ()
         self.stoves = [Stove(place, model, settling=self.settling) for place, model in zip(places, models, strict=True)]
         self._soups: dict[tuple[str, ...], Tensor] = {}
+        self._told: tuple[Dish, dict[str, Tensor]] | None = None
         self.costs: dict[str, Cost] = {}
 
     def soup(self, trials: Sequence[str]) -> Dish:
@@ -124,12 +125,9 @@ class Kitchen:
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
         """Note what the block costs, under a recipe's name."""
-        on_gpu, began, before = self.device == "cuda", time.monotonic(), self._samples()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        began, before, peak_bytes = time.monotonic(), self._samples(), footprint.watch(self.device)
         yield
-        peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.costs[name] = Cost(samples=self._samples() - before, seconds=time.monotonic() - began, peak_bytes=peak)
+        self.costs[name] = Cost(samples=self._samples() - before, seconds=time.monotonic() - began, peak_bytes=peak_bytes())
 
     def _samples(self) -> int:
         return sum(stove.samples for stove in self.stoves)
@@ -147,11 +145,16 @@ class Kitchen:
                 yield normalise(images, self.config.preprocess), torch.as_tensor(seen.labels[some]).to(images.device)
 
     def logits(self, dish: Dish, split: str) -> Tensor:
-        """What a dish says about every sample of a split: float32 (N, C)."""
-        seen = self.splits[split]
-        verdict, logits_NC = self._examine(dish, split, torch.arange(len(seen.labels)), 0)
+        """What a dish says about every sample of a split: float32 (N, C). Of the last dish, held_out and gate are remembered."""
+        if self._told is None or self._told[0].identity != dish.identity:
+            self._told = dish, {}
+        if (told := self._told[1].get(split)) is not None:
+            return told
+        verdict, logits_NC = self._examine(dish, split, torch.arange(len(self.splits[split].labels)), 0)
         assert logits_NC is not None
         self._cache.put(self._key(dish, split), verdict)
+        if split in ("held_out", "gate"):
+            self._told[1][split] = logits_NC
         return logits_NC
 
     def accuracy(self, dish: Dish, split: str) -> Accuracy:

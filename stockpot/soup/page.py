@@ -8,8 +8,8 @@ from scipy.stats import binomtest
 
 from stockpot.config import Sweep
 from stockpot.fields import METRICS
-from stockpot.outcomes import Accuracy, Scores, SoupReport
-from stockpot.soup import card, figures, picture
+from stockpot.outcomes import Accuracy, SoupReport
+from stockpot.soup import card, figures, picture, table
 
 STYLE = """:root{color-scheme:light}
 body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;margin:0 auto;max-width:68rem;padding:2rem 1.25rem 4rem;color:#1d2733}
@@ -31,8 +31,10 @@ def write(report: SoupReport, sweep: Sweep) -> str:
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(card.verdict(report))}</p>',
         _facts(report),
         _image(picture.draw(report, "svg"), "Held-out accuracy against the mean over shift suites, one point a trial"),
-        _section("Scores", f"{_measure(report)} held_out is selected on, gate decides promotion, test is only read."),
-        _scores(report),
+        _section("Comparison", " ".join([_measure(report), *table.NOTES])),
+        _comparison(report),
+        _listed("Near misses", card.near_misses(report)),
+        _listed("Soupability", card.soupability(report)),
         _section("Greedy decisions", "On held_out, trial by trial. A candidate that is lost already is not looked at further."),
         _image(figures.growth(report.steps), "Held-out accuracy of the greedy soup after every candidate"),
         _decisions(report),
@@ -42,7 +44,7 @@ def write(report: SoupReport, sweep: Sweep) -> str:
         _worth(report),
         _section("Trials", "Best first; those in the greedy soup are tinted. Settings are the ones the sweep varied."),
         _trials(report, sweep),
-        _excluded(report),
+        _listed("Left out before cooking", [f"{trial}: {reason}" for trial, reason in report.excluded.items()]),
         _identity(report),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
@@ -63,24 +65,14 @@ def _facts(report: SoupReport) -> str:
     return f'<ul class="facts">{"".join(f"<li><b>{value}</b><span>{name}</span></li>" for name, value in told.items())}</ul>'
 
 
-def _scores(report: SoupReport) -> str:
-    suites = sorted(report.scores["best_single"].shifts)
-    rows = [
-        [html.escape(name.replace("_", " ")), *[_interval(one) for one in _splits(scores, suites)], _percent(scores.shift_average)]
-        for name, scores in report.scores.items()
-    ]
-    shipped = html.escape(report.recipe.replace("_", " "))
-    return _table(["", "held_out", "gate", "test", *suites, "mean shift"], rows, {shipped})
+def _comparison(report: SoupReport) -> str:
+    return _table(table.head(report), table.rows(report, _interval), {report.recipe.replace("_", " ")})
 
 
 def _measure(report: SoupReport) -> str:
     if report.metric == "accuracy":
         return "Accuracy in percent, with 95 % Wilson intervals."
     return f"{METRICS[report.metric].capitalize()} in percent."
-
-
-def _splits(scores: Scores, suites: Sequence[str]) -> list[Accuracy | None]:
-    return [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
 
 
 def _interval(score: Accuracy | None) -> str:
@@ -155,9 +147,9 @@ def _trials(report: SoupReport, sweep: Sweep) -> str:
     return _table(["trial", *varied, "held_out", "mean shift"], rows, {point.trial_id for point in report.trials if point.kept})
 
 
-def _excluded(report: SoupReport) -> str:
-    items = "".join(f"<li><code>{html.escape(trial)}</code> {html.escape(reason)}</li>" for trial, reason in report.excluded.items())
-    return f"<h2>Left out before cooking</h2><ul>{items}</ul>" if items else ""
+def _listed(title: str, lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 
 
 def _identity(report: SoupReport) -> str:

@@ -7,7 +7,6 @@ Nothing selects but held_out. If no soup beats the best single model, that model
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -21,9 +20,9 @@ from stockpot.config import Sweep
 from stockpot.digests import canonical
 from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
-from stockpot.outcomes import Accuracy, Calibration, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
-from stockpot.soup import card, joining, marginal, page, picture
-from stockpot.soup.comparing import Comparison, Recipes, compare
+from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
+from stockpot.soup import card, joining, marginal, page, picture, table
+from stockpot.soup.comparing import Comparison, compare
 from stockpot.soup.dishes import shipped
 from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.examining import Verdict
@@ -31,7 +30,7 @@ from stockpot.soup.recipes.greedy import greedy, members, ranked, shuffled
 from stockpot.soup.recipes.speculation import Speculation
 from stockpot.soup.score_cache import ARITHMETIC
 from stockpot.soup.soupability import Pool, check_accuracy, gather
-from stockpot.soup.statistics import calibration_error, temperature
+from stockpot.soup.tasting import Taste, taste
 
 Say = Callable[[str], None]
 
@@ -90,16 +89,26 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
     pool, wanted = kitchen.pool, sweep.request.soup.recipe
     singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
     best = ranked(singles)[0]
-    with kitchen.measured("greedy"):
-        steps = _greedy(sweep, singles, kitchen, say)
-    recipes = {"best_single": (best,), "uniform": tuple(sorted(singles)), "greedy": members(steps)}
-    scores = {name: kitchen.scores(kitchen.soup(trials)) for name, trials in recipes.items()}
-    with kitchen.measured(wanted) if wanted not in recipes else nullcontext():
-        dish = _dish(kitchen, sweep, recipes)
-        scores[wanted] = kitchen.scores(dish)
-    for name, trials in recipes.items():
-        say(f"{name.replace('_', ' ')} of {len(trials)}: held_out {scores[name].held_out.value:.4f}")
+    steps: list[GreedyStep] = []
+
+    def greedy_soup() -> Dish:
+        steps.extend(_greedy(sweep, singles, kitchen, say))
+        return kitchen.soup(members(steps))
+
+    makes = {"best_single": lambda: kitchen.soup([best]), "uniform": lambda: kitchen.soup(sorted(singles)), "greedy": greedy_soup}
+    recipes, tastes, gate_logits = dict[str, Sequence[str]](), dict[str, Taste](), dict[str, Tensor]()
+    for name, make in makes.items():
+        dish, tastes[name] = taste(kitchen, name, make)
+        recipes[name], gate_logits[name] = dish.trials, kitchen.logits(dish, "gate")
+        say(f"{name.replace('_', ' ')} of {len(dish.trials)}: held_out {tastes[name].scores.held_out.value:.4f}")
+    if wanted in recipes:
+        dish = kitchen.soup(recipes[wanted])
+    else:
+        dish, tastes[wanted] = taste(kitchen, wanted, lambda: shipped(kitchen, sweep.init, sweep.request.soup, recipes["greedy"]))
+        gate_logits[wanted] = kitchen.logits(dish, "gate")
     compared = compare(kitchen, sweep.init, recipes, sweep.request.soup) if sweep.request.soup.compare else Comparison()
+    tastes |= compared.tastes
+    gate_labels = torch.as_tensor(kitchen.splits["gate"].labels)
     report = SoupReport(
         sweep_id=sweep.id,
         model=sweep.request.model,
@@ -115,7 +124,10 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         alpha=sweep.request.soup.alpha if wanted == "wise_ft" else None,
         batch_norm_samples=sum(map(len, kitchen.settling)) or None,
         steps=tuple(steps),
-        scores=scores | compared.scores,
+        scores={name: one.scores for name, one in tastes.items()},
+        calibration={name: one.calibration for name, one in tastes.items()},
+        costs=kitchen.costs,
+        classes=_classes(pool.config.classes, gate_labels, gate_logits["best_single"], gate_logits[wanted]),
         alphas=compared.alphas,
         angles=compared.angles,
         midpoints=compared.midpoints,
@@ -128,25 +140,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         versions=versions(),
         dtype=", ".join(sorted({slot.kind.split()[0] for slot in pool.candidates[best].weights.slots.values()})),
     )
-    dishes = {name: kitchen.soup(trials) for name, trials in recipes.items()} | {wanted: dish}
-    gate_logits = {name: kitchen.logits(one, "gate") for name, one in dishes.items()}
-    gate_labels = torch.as_tensor(kitchen.splits["gate"].labels)
-    calibration = {name: _calibration(kitchen, one, gate_logits[name], gate_labels) for name, one in dishes.items()}
-    classes = _classes(pool.config.classes, gate_labels, gate_logits["best_single"], gate_logits[wanted])
-    report = report.model_copy(update={"classes": classes, "calibration": calibration, "costs": kitchen.costs})
     return _record(report, sweep, pool, gate_logits | {"labels": gate_labels}, folder, began)
-
-
-def _calibration(kitchen: Kitchen, dish: Dish, gate_NC: Tensor, labels_N: Tensor) -> Calibration:
-    held_out = torch.as_tensor(kitchen.splits["held_out"].labels)
-    found = temperature(kitchen.logits(dish, "held_out"), held_out)
-    return Calibration(before=calibration_error(gate_NC, labels_N), after=calibration_error(gate_NC / found, labels_N), temperature=found)
-
-
-def _dish(kitchen: Kitchen, sweep: Sweep, recipes: Recipes) -> Dish:
-    """What ships."""
-    spec = sweep.request.soup
-    return kitchen.soup(recipes[spec.recipe]) if spec.recipe in recipes else shipped(kitchen, sweep.init, spec, recipes["greedy"])
 
 
 def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:
@@ -229,6 +223,7 @@ def _record(report: SoupReport, sweep: Sweep, pool: Pool, gate_logits: dict[str,
     report = report.model_copy(update={"mlflow_run_id": run, "model_id": model_id, "seconds": time.monotonic() - began})
     (files / "recipe.json").write_bytes(canonical(recipe))
     (files / "card.md").write_text(card.write(report))
+    (files / "comparison.csv").write_text(table.as_csv(report))
     (files / "report.html").write_text(page.write(report, sweep))
     (files / "picture.png").write_bytes(picture.draw(report))
     save_weights(files / "gate_logits.safetensors", gate_logits)

@@ -8,8 +8,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from stockpot.config import RetrainRequest, Sweep
-from stockpot.outcomes import Accuracy, AlphaPoint, ClassChange, GreedyStep, Scores, SoupReport, TrialPoint
-from stockpot.soup import card, page, picture
+from stockpot.outcomes import Accuracy, AlphaPoint, Calibration, ClassChange, Cost, GreedyStep, Scores, SoupReport, TrialPoint
+from stockpot.soup import card, page, picture, table
 from stockpot.soup.marginal import curve
 from stockpot.sweeps import plan
 from tests.requests_for_tests import DATA, INIT, REQUEST
@@ -70,26 +70,46 @@ def test_the_card_names_bounds_and_reasons(sweep: Sweep) -> None:
     assert text.startswith("# digits: greedy soup aaaaaaaaaaaa")
 
 
+def test_card_page_csv_and_text_show_one_table_that_says_what_was_not_measured(sweep: Sweep) -> None:
+    one = report(sweep, True, True).model_copy(
+        update={
+            "calibration": {"greedy": Calibration(before=0.0512, after=0.0217, temperature=1.5)},
+            "costs": {
+                "uniform": Cost(samples=12_345, seconds=6.78, peak_bytes=3_210_000_000),
+                "greedy": Cost(samples=7, seconds=0.1, peak_bytes=None),
+            },
+        }
+    )
+    best, uniform, greedy = table.rows(one)
+    assert best == ["best single", "95.00", "90.00", "92.50", "60.00", "60.00", *[""] * 5]
+    assert uniform[-5:] == ["", "", "12,345", "6.8", "3.21"]
+    assert greedy[-5:] == ["5.12", "2.17", "7", "0.1", "not measured"]
+    for written in (card.write(one), page.write(one, sweep), table.text(one), table.as_csv(one)):
+        assert all(cell in written for row in (table.head(one), uniform, greedy) for cell in row)
+    assert all(note in written for written in (card.write(one), page.write(one, sweep)) for note in table.NOTES)
+    assert "tempered" not in table.text(report(sweep, True, True)), "what nobody measured has no column for a reader"
+
+
 def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(sweep: Sweep) -> None:
     one = report(sweep, True, True)
     ids = [trial.id for trial in sweep.trials]
     near = one.steps[2].model_copy(update={"examined": 200})
     better = Scores(held_out=score(191))
-    text = card.write(
-        one.model_copy(
-            update={
-                "steps": (*one.steps[:2], near),
-                "scores": one.scores | {"uniform": better},
-                "duplicates": ((ids[0], ids[1]),),
-                "marginal": curve([(1, score(188)), (2, score(190))], [3600.0, 1800.0]),
-                "midpoints": {ids[2]: score(180)},
-            }
-        )
+    crowded = one.model_copy(
+        update={
+            "steps": (*one.steps[:2], near),
+            "scores": one.scores | {"uniform": better},
+            "duplicates": ((ids[0], ids[1]),),
+            "marginal": curve([(1, score(188)), (2, score(190))], [3600.0, 1800.0]),
+            "midpoints": {ids[2]: score(180)},
+        }
     )
-    assert f"Greedy left out {ids[2]} at 188 of 200, 2 below" in text
-    assert "Uniform has 191 of 200 on held_out, what ships 190 of 200" in text
-    assert f"The same weights to the bit: {ids[0]}, {ids[1]}" in text
-    assert f"Half way to {ids[2]}: 90.00 %, -5.00 points" in text
+    text = card.write(crowded)
+    for written in (text, page.write(crowded, sweep)):
+        assert f"Greedy left out {ids[2]} at 188 of 200, 2 below" in written
+        assert "Uniform has 191 of 200 on held_out, what ships 190 of 200" in written
+        assert f"The same weights to the bit: {ids[0]}, {ids[1]}" in written
+        assert f"Half way to {ids[2]}: 90.00 %, -5.00 points" in written
     assert "| 2 | 95.00 | 1.5 | +1.000 | +2.000 |" in text
     assert "One more trial is expected to bring 0.585 points, 0.780 an accelerator hour." in text
     assert "Near misses" not in card.write(one)

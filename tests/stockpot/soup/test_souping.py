@@ -1,5 +1,6 @@
 """Guards: a sweep is cooked once, from what is fit, and everything about it can be read back from the ledger."""
 
+import csv
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,11 +21,13 @@ from stockpot.outcomes import Accuracy, SoupReport
 from stockpot.release.explaining import reproduce
 from stockpot.release.releasing import register
 from stockpot.settings import TrialSettings
+from stockpot.soup import table
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.soup.soupability import gather
 from stockpot.soup.souping import _greedy, cook
+from stockpot.soup.statistics import calibration_error
 from tests import tiny_sweep as tiny_sweep_module
 from tests.tiny_sweep import Ground, finish_trial, finish_trials, tiny_sweep
 
@@ -164,6 +167,13 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
     finish_trials(ground, sweep, tmp_path)
     report = cook(sweep.id, say=quiet)
     assert set(report.scores) == {"best_single", "uniform", "greedy", *everything[:6]}
+    assert set(report.scores) == set(report.calibration) == set(report.costs), "and each with its calibration and its cost"
+    logits = load_weights(tracking.fetch_report_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path / "files"))
+    for name in ("best_single", "uniform", "greedy"):
+        assert report.calibration[name].before == calibration_error(logits[name], logits["labels"])
+    shown = list(csv.reader(tracking.read_text(report.mlflow_run_id, "comparison.csv").splitlines()))
+    assert shown == [table.head(report), *table.rows(report)]
+    assert all(all(row) for row in shown[1:]), "no cell is empty"
     assert report.scores["pruned"].held_out.correct >= report.scores["uniform"].held_out.correct
     assert set(report.alphas) == {"best_single", "uniform", "greedy"}
     for name, points in report.alphas.items():
@@ -233,7 +243,7 @@ def test_a_soup_that_was_interrupted_repeats_no_score(ground: Ground, ledger: st
     assert found.costs["greedy"].samples == 0 < cook(whole.id, say=quiet).costs["greedy"].samples
     assert set(found.calibration) == {"best_single", "uniform", "greedy"}
     assert all(one.after >= 0 and one.temperature > 0 for one in found.calibration.values())
-    assert "## Calibration and cost" in tracking.read_text(found.mlflow_run_id, "card.md")
+    assert "## Comparison" in tracking.read_text(found.mlflow_run_id, "card.md")
 
 
 def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(

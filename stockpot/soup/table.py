@@ -1,0 +1,79 @@
+"""The one table of a sweep: every recipe and yardstick a row, with what it scored, how it is calibrated and what it cost. Card, page, the
+artifact `comparison.csv` and `stockpot explain` show the same cells.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+
+from stockpot.fields import METRICS
+from stockpot.outcomes import Accuracy, Scores, SoupReport
+
+Shown = Callable[[Accuracy | None], str]
+"""How a score is written."""
+
+NOTES = (
+    "held_out was selected on, gate decides promotion, test and shift suites are only read; mean shift is the plain mean of the suites.",
+    "ECE is the expected calibration error on gate, tempered after dividing logits by the one temperature that held_out asks for.",
+    "Evaluations (forward passes of one sample) and seconds are of making and scoring it, beyond what was known before.",
+    "Peak memory is the most that was resident meanwhile, mapped weight files among it; on a GPU the most that was allocated there.",
+)
+"""What the columns mean, as sentences."""
+
+
+def percent(score: Accuracy | None) -> str:
+    """Two digits; empty for what was not measured."""
+    return f"{100 * score.value:.2f}" if score else ""
+
+
+def head(report: SoupReport) -> list[str]:
+    """Titles, the first of the names."""
+    splits = ["held_out", "gate", "test", *_suites(report), "mean shift"]
+    return [f"{METRICS[report.metric]}, %", *splits, "ECE, %", "tempered, %", "evaluations", "seconds", "peak memory, GB"]
+
+
+def rows(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
+    """A row for everything that was scored, in the order of the report."""
+    return [
+        [name.replace("_", " "), *_scores(scores, _suites(report), shown), *_calibration(report, name), *_cost(report, name)]
+        for name, scores in report.scores.items()
+    ]
+
+
+def text(report: SoupReport) -> str:
+    """The table in columns of spaces, without those that are empty throughout."""
+    lines = [head(report), *rows(report)]
+    asked = [place for place in range(len(lines[0])) if any(line[place] for line in lines[1:])]
+    lines = [[line[place] for place in asked] for line in lines]
+    wide = [max(len(line[place]) for line in lines) for place in range(len(asked))]
+    return "\n".join("  ".join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]).rstrip() for line in lines)
+
+
+def as_csv(report: SoupReport) -> str:
+    """The table as comma-separated values, which MLflow shows as a table."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([head(report), *rows(report)])
+    return file.getvalue()
+
+
+def _suites(report: SoupReport) -> list[str]:
+    return sorted(report.scores["best_single"].shifts)
+
+
+def _scores(scores: Scores, suites: Sequence[str], shown: Shown) -> list[str]:
+    average = scores.shift_average
+    splits = [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
+    return [*map(shown, splits), "" if average is None else f"{100 * average:.2f}"]
+
+
+def _calibration(report: SoupReport, name: str) -> list[str]:
+    known = report.calibration.get(name)
+    return [f"{100 * known.before:.2f}", f"{100 * known.after:.2f}"] if known else ["", ""]
+
+
+def _cost(report: SoupReport, name: str) -> list[str]:
+    cost = report.costs.get(name)
+    if cost is None:
+        return ["", "", ""]
+    peak = "not measured" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}"
+    return [f"{cost.samples:,}", f"{cost.seconds:.1f}", peak]
