@@ -34,29 +34,28 @@ def explain(model: Name, as_json: AsJson = False) -> None:
     from stockpot.release import explaining
 
     connection.check_server()
-    version = registry.resolve(model)
-    decision = registry.read_decision(version)
+    version, told = registry.resolve(model), explaining.explain(model)
+    decision, report = registry.read_decision(version), explaining.read_report(version)
     document = {
         "version": version.model_dump(mode="json"),
         "decision": decision.model_dump(mode="json") if decision else None,
-        "report": explaining.read_report(version).model_dump(mode="json"),
+        "gone": explaining.gone(report),
+        "report": report.model_dump(mode="json"),
     }
-    _tell(document, explaining.explain(model), as_json)
+    _tell(document, told, as_json)
 
 
 @app.command()
 def reproduce(model: Name, as_json: AsJson = False) -> None:
-    """Average a version's ingredients again and compare the result's sha256 with the registered weights."""
+    """Average a version's ingredients again and compare the result with the registered weights, and every file with its recorded sha256."""
     from stockpot.ledger import connection
     from stockpot.release import explaining
 
     connection.check_server()
     version = explaining.reproduce(model)
-    _tell(
-        version.model_dump(mode="json"),
-        f"{version.model} version {version.version} is reproduced to the bit: {version.soup_sha256}",
-        as_json,
-    )
+    how = explaining.compared(explaining.read_report(version))
+    told = f"{version.model} version {version.version} is reproduced: {version.soup_sha256}. {how}"
+    _tell({**version.model_dump(mode="json"), "compared": how}, told, as_json)
 
 
 @app.command()
@@ -98,7 +97,8 @@ def prune(
     """Say which stored weights nothing needs any more, and with --apply delete them.
 
     Kept: the soup of every registered version, the ingredients of every version with an alias (champion, challenger, previous), the best
-    trials of every sweep, everything of a sweep that runs or is not cooked and registered yet, everything young, and the inits.
+    trials of every sweep, everything of a sweep that runs or is not cooked and registered yet and what it may borrow, everything young, and
+    the inits. A version whose ingredients go is named: it serves as before, and can no longer be rebuilt.
     """
     from stockpot.ledger import connection
     from stockpot.release import pruning
@@ -109,8 +109,16 @@ def prune(
         pruning.remove(plan)
     lines = [f"{one.kind} {one.about[:12]}  {one.size:,} bytes" for one in plan.removable]
     what, free, how = ("Deleted", "freed", "") if apply else ("Would delete", "free", "; add --apply to do it" if plan.removable else "")
+    no_longer = "can no longer" if apply else "could then no longer"
+    lines += [f"{model} version {number} {no_longer} be rebuilt from its ingredients; it serves as before." for number in plan.forgets]
     _tell(
-        {"applied": apply, "bytes": plan.size, "stored": plan.stored, "removable": [one.model_dump() for one in plan.removable]},
+        {
+            "applied": apply,
+            "bytes": plan.size,
+            "stored": plan.stored,
+            "forgets": plan.forgets,
+            "removable": [one.model_dump() for one in plan.removable],
+        },
         "\n".join([*lines, f"{what} {len(plan.removable)} of {model}'s {plan.stored} stored weights and {free} {plan.size:,} bytes{how}."]),
         as_json,
     )

@@ -41,7 +41,7 @@ def pass_gate(report: SoupReport, version: ModelVersion) -> GateDecision:
 @task(name="read answer", **TRANSIENT)
 def read_answer(version: ModelVersion) -> str:
     """What a person said about a version that waits for one; empty while nobody did."""
-    from stockpot.release.releasing import answer
+    from stockpot.release.crowning import answer
 
     return answer(version)
 

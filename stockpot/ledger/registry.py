@@ -54,11 +54,17 @@ def find_soup(model: str, soup_sha256: str) -> LoggedModel | None:
 def fetch_soup(model: str, soup_sha256: str, folder: Path) -> Path:
     """Download a stored soup, registered or not, and return the folder of its weights. Raises `RegistryError` when it is not there, or any
     file is not the one that was stored."""
+    gone = RegistryError(f"The ledger has no {soup_id(soup_sha256)} of {model} any more; it may have been pruned.")
     found = find_soup(model, soup_sha256)
     if found is None:
-        raise RegistryError(f"The ledger has no {soup_id(soup_sha256)} of {model} any more; it may have been pruned.")
+        raise gone
     with asking():
-        download_artifacts(artifact_uri=f"models:/{found.model_id}", dst_path=str(folder), tracking_uri=address())
+        try:
+            download_artifacts(artifact_uri=f"models:/{found.model_id}", dst_path=str(folder), tracking_uri=address())
+        except RestException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise gone from error
     return _whole(folder, f"The {soup_id(soup_sha256)} of {model}", soup_sha256, found.tags.get("stockpot.files", "{}"))
 
 
@@ -151,8 +157,8 @@ def no_version(model: str, alias: str) -> RegistryError:
 def _no_files(model: str, number: int) -> RegistryError:
     """The sentence for a version whose bytes were deleted under it, as a bare `mlflow gc` does."""
     return RegistryError(
-        f"Version {number} of {model} has no files left; if it is champion, make another one champion with `stockpot rollback {model}` or "
-        f"`stockpot promote {model} --version N`."
+        f"Version {number} of {model} has no files left; if it is champion, make one that has champion with "
+        f"`stockpot promote {model} --version N` (`stockpot models {model}` lists them)."
     )
 
 
@@ -161,6 +167,13 @@ def models_behind_versions() -> set[str]:
     shares the bytes of its original even after that was deleted, so its storage is asked for."""
     with asking():
         return {_model_behind(found) for found in client().search_model_versions("")}
+
+
+def ingredients_by_version(model: str) -> dict[int, tuple[str, ...]]:
+    """What each registered version of a model was made of, as its report named them."""
+    with asking():
+        found = list(client().search_model_versions(f"name = {quoted(model)} and tags.`stockpot.ingredients` LIKE '%'"))
+    return {int(one.version): tuple(one.tags["stockpot.ingredients"].split(",")) for one in found}
 
 
 def fetch_version(version: ModelVersion, folder: Path) -> Path:

@@ -2,10 +2,13 @@
 nothing half there: unlisted first (no trial or soup finds it any more), then its bytes, then its record, which the next `prune` would find.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
 from mlflow.entities import LoggedModel
+from mlflow.exceptions import RestException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from stockpot.ledger.connection import address, asking, client, search_models
@@ -26,6 +29,8 @@ class Stored(NamedTuple):
     """The trial's id, or the soup's sha256."""
     made: datetime
     """When its upload began, UTC."""
+    whole: bool
+    """Whether all of it was stored and none deleted."""
 
     @property
     def ingredient_id(self) -> str:
@@ -40,19 +45,20 @@ def stored_models(model: str) -> list[Stored]:
 
 
 def stored_bytes(model_id: str) -> int:
-    """Bytes of a LoggedModel's files."""
+    """Bytes of a LoggedModel's files; 0 where another `prune` took it meanwhile."""
 
     def size(path: str | None) -> int:
         infos = client().list_logged_model_artifacts(model_id, path)
         return sum(size(info.path) if info.is_dir else info.file_size or 0 for info in infos)
 
-    with asking():
+    with asking(), _may_be_gone():
         return size(None)
+    return 0
 
 
 def delete_stored(model_id: str, kind: Kind) -> None:
-    """Delete a LoggedModel, its bytes and its record."""
-    with asking():
+    """Delete a LoggedModel, its bytes and its record, or what another `prune` left of it."""
+    with asking(), _may_be_gone():
         found = client().get_logged_model(model_id)
         if COMMITTED_BY[kind] in found.tags:
             client().delete_logged_model_tag(model_id, COMMITTED_BY[kind])
@@ -60,9 +66,17 @@ def delete_stored(model_id: str, kind: Kind) -> None:
         client().delete_logged_model(model_id)
 
 
+@contextmanager
+def _may_be_gone() -> Iterator[None]:
+    try:
+        yield
+    except RestException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
 def _stored(found: LoggedModel) -> Stored | None:
-    soup, trial = found.tags.get("stockpot.soup_sha256"), found.tags.get("stockpot.trial")
+    kind: Kind = "soup" if "stockpot.soup_sha256" in found.tags else "ingredient"
+    about = found.tags.get("stockpot.soup_sha256") or found.tags.get("stockpot.trial")
     made = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
-    if soup:
-        return Stored(found.model_id, "soup", soup, made)
-    return Stored(found.model_id, "ingredient", trial, made) if trial else None
+    return Stored(found.model_id, kind, about, made, COMMITTED_BY[kind] in found.tags) if about else None

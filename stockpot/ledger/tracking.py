@@ -44,6 +44,7 @@ __all__ = ["check_server", "close_sweep", "fetch_ingredient", "find_ingredient",
 
 INGREDIENT_FILES = ("model.safetensors", "held_out.safetensors", "card.json", "model.json", "fingerprint.json")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+RUNNING = " and attributes.status = 'RUNNING'"
 
 
 def open_sweep(sweep: Sweep, flow_run_id: str | None = None, flow_run_page: str | None = None) -> str:
@@ -71,9 +72,15 @@ def read_sweep(sweep_id: str) -> Sweep:
 
 
 def close_sweep(sweep_id: str, status: Status, counts: dict[str, int]) -> None:
-    """End the sweep's run with the number of trials in every state, such as `{"finished": 7, "failed": 1}`."""
+    """End the sweep's run with the number of trials in every state, such as `{"finished": 7, "failed": 1}`, and the runs of finished trials
+    that the ledger did not hear the end of."""
+    done = {one.trial_id for one in find_ingredients(read_sweep(sweep_id))}
     with asking():
-        mlflow_run_id = str(sweep_run(sweep_id).info.run_id)
+        sweep = sweep_run(sweep_id)
+        for run in search_runs([sweep.info.experiment_id], of_kind("trial", sweep_id) + RUNNING, "attributes.start_time"):
+            if run.data.tags["stockpot.trial"] in done:
+                client().set_terminated(run.info.run_id, "FINISHED")
+        mlflow_run_id = str(sweep.info.run_id)
         now = now_ms()
         client().log_batch(mlflow_run_id, metrics=[Metric(f"sweep/{name}", value, now, 0) for name, value in counts.items()])
         client().set_terminated(mlflow_run_id, status)
@@ -127,10 +134,15 @@ def find_ingredient(model: str, trial_id: str) -> Ingredient | None:
         return next(iter(_ingredients(model, f"tags.`stockpot.trial` = '{trial_id}'")), None)
 
 
+def ingredients_of(model: str, init_digest: str) -> dict[str, Ingredient]:
+    """Every ingredient of a model's sweeps from one init, by its id."""
+    with asking():
+        return {one.trial_id: one for one in reversed(_ingredients(model, f"tags.`stockpot.init` = '{init_digest}'"))}
+
+
 def find_ingredients(sweep: Sweep) -> list[Ingredient]:
     """The ingredients of a sweep's finished trials, moving averages after each, in the sweep's order, each with its place in this sweep."""
-    with asking():
-        known = {one.trial_id: one for one in reversed(_ingredients(sweep.request.model, f"tags.`stockpot.init` = '{sweep.init.digest}'"))}
+    known = ingredients_of(sweep.request.model, sweep.init.digest)
     finished = [trial for trial in sweep.trials if trial.id in known]  # a trial's own ingredient is recorded last
     return [known[name].model_copy(update={"index": trial.index}) for trial in finished for name in trial.ingredient_ids if name in known]
 

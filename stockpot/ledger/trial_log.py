@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from stockpot.config import Trial
 from stockpot.digests import file_digest
-from stockpot.errors import BudgetSpent, IngredientMismatch, ServerUnreachable
+from stockpot.errors import BudgetSpent, IngredientMismatch, ServerRefused, ServerUnreachable
 from stockpot.ledger.connection import asking, check_server, client, create_child, experiment, find_run
 from stockpot.ledger.sampling import Sampler
 from stockpot.ledger.spool import Point, Spool, replay
@@ -27,7 +27,7 @@ from stockpot.outcomes import Accuracy, Ingredient
 class TrialLog:
     """The child run of one trial, open while the `with` block runs: FINISHED after it, FAILED with the reason on an error, KILLED on an
     interruption. A further attempt reopens the run of the first one, and from then on it alone says how the run ends. Metrics never stall
-    or stop the trial: see `spool`.
+    or stop the trial: see `spool`. A ledger that is gone at the end costs the run its ending, which `close_sweep` makes up for.
 
     attempt: counts from 1. say: called with a line for what was lost. Raises `ServerUnreachable` on entering, before anything was computed.
     """
@@ -71,9 +71,8 @@ class TrialLog:
                 tags = [RunTag("stockpot.reason", reason), RunTag("stockpot.undelivered_points", str(left))]
                 client().log_batch(self.mlflow_run_id, tags=tags)
                 client().set_terminated(self.mlflow_run_id, status)
-        except ServerUnreachable:
-            if error is None:
-                raise
+        except (ServerUnreachable, ServerRefused, MlflowException) as silence:  # what was recorded counts, and an error is told as it is
+            self._say(f"trial {self.trial.id} ended {status}, which its run does not say yet: {silence}")
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; those of an earlier attempt stay as they are. Raises `ServerUnreachable`."""

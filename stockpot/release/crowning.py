@@ -1,9 +1,10 @@
 """One champion after another: the aliases `champion`, `previous` and `challenger`, moved together though MLflow moves one at a time.
 
 The move is noted first (a tag of the registered model), then carried out, then read back and struck out; a writer that comes after an
-interruption finishes the noted move before its own. So no champion is ever without a name to return by. On one node writers take turns. On
-several there is no lock: the champion is compared right before the write and both aliases are read back after it, so a writer who lost says
-so, except where the other one wrote in the few milliseconds between comparison and write and had finished before.
+interruption finishes the noted move before its own. So no champion is ever without a name to return by, and since a move also settles what
+the gate had decided about the version, no gate that was interrupted promotes it again after a person took it back. On one node writers
+take turns. On several there is no lock: the champion is compared right before the write and both aliases are read back after it, so a
+writer who lost says so, except where the other one wrote in the few milliseconds between comparison and write and had finished before.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stockpot.data.node_cache import cache_root, locked
+from stockpot.digests import short
 from stockpot.errors import RegistryError
 from stockpot.ledger import champions, registry
 from stockpot.ledger.champions import Move
-from stockpot.outcomes import ModelVersion
+from stockpot.outcomes import GateDecision, ModelVersion
+
+DECLINED = "declined by hand"
 
 
 @contextmanager
@@ -67,6 +71,33 @@ def verify(version: ModelVersion, then: Callable[[Path], None] = lambda _: None)
         then(Path(folder))
 
 
+def settled_under(version: ModelVersion, decision: GateDecision) -> list[str]:
+    """Digests of the gates under which a version's decision was carried out, or stood; none where it is still to be."""
+    of, *gates = registry.read_tags(version).get("stockpot.settled", "").split() or [""]
+    return gates if of == short(decision) else []
+
+
+def note_settled(version: ModelVersion, decision: GateDecision, gate_digest: str) -> None:
+    """Keep that a version's decision is settled under a gate; what was settled of an earlier decision is forgotten."""
+    gates = settled_under(version, decision)
+    if gate_digest not in gates:
+        registry.write_tag(version, "stockpot.settled", " ".join([short(decision), *gates, gate_digest]))
+
+
+def answer(version: ModelVersion) -> str:
+    """What a person said about a version that waited, such as `declined by hand: not today`; empty while nobody did."""
+    return registry.read_tags(version).get("stockpot.approval", "")
+
+
+def _settle(version: ModelVersion, why: str) -> None:
+    """Whoever makes a version champion settles what its gate decided, and answers where it waited for a person."""
+    if (decision := registry.read_decision(version)) is None:
+        return
+    if decision.waits and (not (said := answer(version)) or said.startswith(DECLINED)):
+        registry.write_tag(version, "stockpot.approval", why)
+    note_settled(version, decision, decision.gate_digest)
+
+
 def _finish(model: str, move: Move) -> None:
     """Every step may have been taken before."""
     champion = registry.alias_version(model, "champion")
@@ -77,6 +108,7 @@ def _finish(model: str, move: Move) -> None:
         registry.set_alias(model, "previous", move.before)
     champions.note_change(model, move.before, move.after, move.why)
     _leave_bench(model, move.after)
+    _settle(registry.read_version(model, move.after), move.why)
     _compare(model, Move(before=move.after, after=move.after, why=""), registry.alias_version(model, "champion"))
     champions.clear_move(model)
 

@@ -1,5 +1,6 @@
 """A registered version, told to a person, and rebuilt from its ingredients: `stockpot explain` and `stockpot reproduce`."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,14 +14,14 @@ from stockpot.models.classifier import build
 from stockpot.models.folders import read_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import ModelVersion, SoupReport, TrialPoint
-from stockpot.release import releasing
-from stockpot.soup import card
+from stockpot.release import crowning, releasing
+from stockpot.soup import card, table
 from stockpot.soup.rebuilding import FROM_INIT, rebuild
 from stockpot.soup.recipes.batch_norm import statistics
 from stockpot.soup.score_cache import ARITHMETIC
 from stockpot.soup.settling import settle, settling_samples
 from stockpot.soup.soupability import open_init
-from stockpot.soup.stored_mean import is_plain_mean, source, stored_mean
+from stockpot.soup.stored_mean import Source, is_plain_mean, sources, stored_mean
 
 NEAR = 1e-3
 """Largest difference of a BatchNorm statistic, as a share of its tensor's largest, that two machines may have."""
@@ -37,10 +38,11 @@ def explain(name: str) -> str:
         f"{version.model} version {version.version}{f' is {version.alias}' if version.alias else ' has no alias'}.",
         card.verdict(report),
         _made_of(report),
-        _near_misses(report),
+        "\n".join(["Recipes and yardsticks of the sweep:", table.text(report), *table.NOTES]),
+        "\n".join(["Near misses:", *[f"  {line}" for line in near]]) if (near := card.near_misses(report)) else "",
         _gate(version),
         _history(version),
-        f"Weights: sha256 {version.soup_sha256}. Rebuild and compare them with `stockpot reproduce {version.model}/{version.version}`.",
+        f"Weights: sha256 {version.soup_sha256}. {_rebuildable(version, report)}",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -55,9 +57,12 @@ def reproduce(name: str) -> ModelVersion:
     report = read_report(version)
     releasing.read_record(version, "card.md")
     releasing.read_judgement(version)
+    left = sources(report)
+    if lost := gone(report, left):
+        raise RegistryError(_cannot_be_rebuilt(version, lost))
     with TemporaryDirectory(prefix="stockpot-reproduce-") as scratch:
         folder = Path(scratch)
-        found = stored_mean(report, folder) if is_plain_mean(report) else _rebuilt(report, folder)
+        found = stored_mean(report, left, folder) if is_plain_mean(report) else _rebuilt(report, left, folder)
         registered = registry.fetch_version(version, folder / "registered")
         if report.batch_norm_samples:
             _compare_statistics(report, found, registered)
@@ -66,14 +71,45 @@ def reproduce(name: str) -> ModelVersion:
     return version
 
 
-def _rebuilt(report: SoupReport, folder: Path) -> dict[str, Tensor]:
+def gone(report: SoupReport, left: Mapping[str, Source] | None = None) -> list[str]:
+    """The ingredients of a soup that the ledger has no longer. left: those it has, where they are known."""
+    left = sources(report) if left is None else left
+    return [trial for trial in dict.fromkeys(report.ingredients) if trial not in left]
+
+
+def _rebuildable(version: ModelVersion, report: SoupReport) -> str:
+    if lost := gone(report):
+        return _cannot_be_rebuilt(version, lost)
+    return f"Rebuild and compare them with `stockpot reproduce {version.model}/{version.version}`."
+
+
+def _cannot_be_rebuilt(version: ModelVersion, lost: list[str]) -> str:
+    return (
+        f"{version.model} version {version.version} can no longer be rebuilt: of its ingredients {', '.join(lost)} "
+        f"{'is' if len(lost) == 1 else 'are'} gone from the ledger, as `stockpot prune` takes those of versions without an alias; the "
+        "version itself is whole and serves as before."
+    )
+
+
+def _rebuilt(report: SoupReport, left: Mapping[str, Source], folder: Path) -> dict[str, Tensor]:
     """The soup's weights from its ingredients, and from the init where the recipe takes it; BatchNorm statistics as averaged."""
     with ExitStack() as stack:
-        files = {trial: stack.enter_context(closing(source(report, trial).open(folder))) for trial in set(report.ingredients)}
+        files = {trial: stack.enter_context(closing(one.open(folder))) for trial, one in left.items()}
         start = None
         if report.recipe in FROM_INIT:
             start = stack.enter_context(closing(open_init(tracking.read_sweep(report.sweep_id).init, folder)[0]))
         return rebuild(report, files, start)
+
+
+def compared(report: SoupReport) -> str:
+    """What `reproduce` compares, and how exactly, as a sentence."""
+    how = "The weights were compared to the bit"
+    if report.batch_norm_samples:
+        how = (
+            "The weights were compared to the bit, but for BatchNorm's statistics: estimated again on "
+            f"{report.batch_norm_samples} training samples, they may differ by {NEAR:g} of the largest of their tensor"
+        )
+    return f"{how}; every file of the version and of its ingredients, its report, card and gate evidence by the sha256 recorded of each."
 
 
 def _compare_statistics(report: SoupReport, averaged: dict[str, Tensor], registered: Path) -> None:
@@ -121,23 +157,14 @@ def _name(report: SoupReport, point: TrialPoint) -> str:
     return f"trial {point.index:3d}  {point.trial_id}" + (f" of sweep {origin}" if origin else "")
 
 
-def _near_misses(report: SoupReport) -> str:
-    """Candidates that lacked at most three right answers: greedy can miss a better soup by that little."""
-    missed = [step for step in report.steps if step.lacked is not None and step.lacked <= 3]
-    if not missed or report.recipe != "greedy":
-        return ""
-    told = [f"{step.trial_id} ({step.after.correct} right answers, {step.before.correct} before it)" for step in missed if step.before]
-    return f"Near misses, left out by at most three answers: {', '.join(told)}."
-
-
 def _gate(version: ModelVersion) -> str:
     decision, judgement = registry.read_decision(version), releasing.read_judgement(version)
     if decision is None:
         return "Gate: not judged yet."
-    place = registry.read_tags(version).get("stockpot.evidence")
-    told = releasing.answer(version)
+    told = crowning.answer(version)
     asked = f" It was {told}." if told else " Nobody has answered yet." if decision.waits else ""
-    return f"Gate: {decision.reason}{asked}" + (f"\n  The verdict follows again from its evidence, {place}." if judgement else "")
+    follows = f"\n  The verdict follows again from its evidence, {decision.evidence}." if judgement else ""
+    return f"Gate: {decision.reason}{asked}{follows}"
 
 
 def _history(version: ModelVersion) -> str:

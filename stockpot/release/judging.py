@@ -108,7 +108,7 @@ def replay(stored: bytes | str) -> Judgement:
     if again != judgement.decision:
         raise RegistryError(
             f"The recorded decision ({judgement.decision.reason}) does not follow from its evidence ({again.reason}); "
-            "the record was changed: judge the version again with `stockpot soup SWEEP`."
+            "the record was changed: delete the version's tag `stockpot.decision`, and `stockpot soup SWEEP` judges it again."
         )
     return judgement
 

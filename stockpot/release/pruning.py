@@ -2,9 +2,9 @@
 
 Kept, whatever else: the soup of every registered version, under any model's name; the ingredients of every version with an alias
 (champion, challenger, previous, and a person's own), also an earlier champion among them; the best `keep_top` trials of every sweep; every
-trial of a sweep that runs, waits to be cooked or registered, or is being cooked, and its soup; everything younger than `min_age_h`. Inits
-lie in object storage and are never touched. The rest are ingredients a later run of the same request would train again, and soups that no
-report names any more.
+trial of a sweep that runs, waits to be cooked or registered, or is being cooked, what it may borrow from earlier sweeps, and its soup;
+everything younger than `min_age_h`. Inits lie in object storage and are never touched. The rest are ingredients of versions without an
+alias, which then serve as before and can no longer be rebuilt, ingredients in no version, and soups that no report names any more.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -33,6 +33,8 @@ class Plan(Closed):
 
     removable: tuple[Removable, ...]
     stored: int
+    forgets: tuple[int, ...] = ()
+    """Versions that can be rebuilt from their ingredients now, and could not be any more."""
 
     @property
     def size(self) -> int:
@@ -50,7 +52,10 @@ def plan_removal(model: str, keep_top: int = 8, min_age_h: float = 24.0) -> Plan
         for one in everything
         if one.made <= youngest and one.ingredient_id not in trials and one.model_id not in soups
     ]
-    return Plan(removable=tuple(sorted(found, key=lambda one: -one.size)), stored=len(everything))
+    left = {one.ingredient_id for one in everything if one.whole}
+    taken = {one.ingredient_id for one in everything if one.model_id in {some.model_id for some in found}}
+    forgets = [number for number, parts in registry.ingredients_by_version(model).items() if left.issuperset(parts) and taken & {*parts}]
+    return Plan(removable=tuple(sorted(found, key=lambda one: -one.size)), stored=len(everything), forgets=tuple(sorted(forgets)))
 
 
 def remove(plan: Plan) -> None:
@@ -82,6 +87,7 @@ def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
         registered = report is not None and registry.find_version(model, report.soup_sha256) is not None
         if summary.status == "RUNNING" or not registered or not {one.trial_id for one in finished} <= cooked:
             trials |= {name for trial in sweep.trials for name in trial.ingredient_ids} | set(report.ingredients if report else ())
+            trials |= {one.trial_id for one, _ in tracking.find_earlier(sweep, sweep.request.soup.earlier)}
         if report is not None:
             soups.add(report.model_id)
         best = sorted(finished, key=lambda one: (-one.held_out.correct, one.trial_id))

@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from stockpot.config import GateSpec
-from stockpot.digests import digest, short, text_digest
+from stockpot.digests import digest, text_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging, registry, tracking
 from stockpot.ledger.limits import DESCRIPTION, shortened
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
-from stockpot.release.crowning import alone, crown, resume, verify
+from stockpot.release.crowning import DECLINED, alone, answer, crown, note_settled, resume, settled_under, verify
 from stockpot.release.gating import gather_evidence
 from stockpot.release.judging import Judgement, Side, judge, replay
 from stockpot.soup import card
@@ -63,23 +63,30 @@ def read_record(version: ModelVersion, name: Literal["report.json", "card.md"]) 
 def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecision:
     """Judge a version against the champion and move the aliases; the same again gives the same. Raises `RegistryError`.
 
-    The decision is a tag of the version, `stockpot.decision`; with its evidence it is a file of the soup's run, which the tag
-    `stockpot.evidence` names. A decision that was carried out under this gate stands, whatever a person did to the aliases since.
+    The decision is a tag of the version, `stockpot.decision`, which names the file of the soup's run that holds it with its evidence. One
+    that was carried out stands, whatever a person did to the aliases since, and under any gate while the version is champion; the tag
+    `stockpot.settled` says under which.
     """
     asked = digest(spec)
     with alone(version.model):
         resume(version.model)
-        decision, settled = registry.read_decision(version), registry.read_tags(version).get("stockpot.settled") == asked
-        champion = registry.alias_version(version.model, "champion")
-        if decision is None or decision.gate_digest != asked or not (settled or champion in (decision.champion_before, version.version)):
-            decision, settled = _decide(report, version, champion, spec), False
+        decision, champion = registry.read_decision(version), registry.alias_version(version.model, "champion")
+        if decision is None or not _stands(decision, version, champion, asked):
+            decision = _decide(report, version, champion, spec)
             if answer(version):
                 registry.write_tag(version, "stockpot.approval", "")  # it was about another decision
             registry.write_tag(version, "stockpot.decision", decision.model_dump_json())
-        if not settled:
-            _carry_out(version, decision)
-            registry.write_tag(version, "stockpot.settled", asked)
+        if asked not in settled_under(version, decision):
+            _carry_out(version, decision, champion)
+            note_settled(version, decision, asked)
     return decision
+
+
+def _stands(decision: GateDecision, version: ModelVersion, champion: int | None, asked: str) -> bool:
+    """Whether a stored decision answers this gate: it is settled, about the champion, or still to be carried out against the same one."""
+    if champion == version.version or asked in settled_under(version, decision):
+        return True
+    return decision.gate_digest == asked and decision.champion_before == champion
 
 
 def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersion:
@@ -94,7 +101,9 @@ def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersio
             raise RegistryError(
                 f"Version {version.version} of {version.model} does not wait for approval ({reason}); there is nothing to do."
             )
-        told = f"{'approved' if approved else 'declined'} by hand{f': {note}' if note else ''}"
+        told = f"{'approved by hand' if approved else DECLINED}{f': {note}' if note else ''}"
+        if approved and (said := answer(version)) and not said.startswith(DECLINED):
+            return registry.read_version(version.model, version.version)  # and a person may have taken it back since
         if not approved and registry.alias_version(version.model, "champion") == version.version:
             raise RegistryError(
                 f"Version {version.version} of {version.model} is champion already, so there is nothing left to decline; "
@@ -106,24 +115,25 @@ def settle(version: ModelVersion, approved: bool, note: str = "") -> ModelVersio
         return registry.read_version(version.model, version.version)
 
 
-def answer(version: ModelVersion) -> str:
-    """What a person said about a version that waited, such as `declined by hand: not today`; empty while nobody did."""
-    return registry.read_tags(version).get("stockpot.approval", "")
-
-
 def read_judgement(version: ModelVersion) -> Judgement | None:
     """The stored decision with its evidence, taken again from it; None where there is none. Raises `RegistryError` when they disagree."""
-    tags = registry.read_tags(version)
-    if "stockpot.evidence" not in tags:
+    stored = registry.read_decision(version)
+    if stored is None or not stored.evidence:
         return None
-    mlflow_run_id, _, name = tags["stockpot.evidence"].removeprefix("runs:/").partition("/")
+    mlflow_run_id, _, name = stored.evidence.removeprefix("runs:/").partition("/")
     text = tracking.read_text(mlflow_run_id, name)
-    if text_digest(text) != tags["stockpot.evidence_sha256"]:
+    if text_digest(text) != stored.evidence_sha256:
         raise RegistryError(
             f"The gate's evidence for {version.model} version {version.version} (`{name}`) is not what was stored; the record was changed: "
-            "request another gate to judge the version again."
+            "restore the file, or delete the version's tag `stockpot.decision`, and `stockpot soup SWEEP` judges it again."
         )
-    return replay(text)
+    judgement = replay(text)
+    if judgement.decision != stored.model_copy(update={"evidence": "", "evidence_sha256": ""}):
+        raise RegistryError(
+            f"The tag `stockpot.decision` of {version.model} version {version.version} ({stored.reason}) is not what follows from its "
+            f"evidence ({judgement.decision.reason}); it was changed: delete it, and `stockpot soup SWEEP` judges the version again."
+        )
+    return judgement
 
 
 def promote(model: str, number: int | None = None) -> ModelVersion:
@@ -175,11 +185,10 @@ def _decide(report: SoupReport, version: ModelVersion, champion: int | None, spe
         evidence = gather_evidence(tracking.read_sweep(report.sweep_id), versions, folders, spec)
     decision = judge(evidence)
     text = Judgement(decision=decision, evidence=evidence).model_dump_json(indent=1)
-    name = f"{_place(version)}/gate-against-{champion or 'none'}-{short(spec)}.json"
+    sha256 = text_digest(text)
+    name = f"{_place(version)}/gate-against-{champion or 'none'}-{sha256[:12]}.json"
     tracking.store_text(report.mlflow_run_id, name, text)
-    registry.write_tag(version, "stockpot.evidence_sha256", text_digest(text))
-    registry.write_tag(version, "stockpot.evidence", f"runs:/{report.mlflow_run_id}/{name}")
-    return decision
+    return decision.model_copy(update={"evidence": f"runs:/{report.mlflow_run_id}/{name}", "evidence_sha256": sha256})
 
 
 def _place(version: ModelVersion | SoupReport) -> str:
@@ -187,8 +196,8 @@ def _place(version: ModelVersion | SoupReport) -> str:
     return f"versions/{version.soup_sha256[:12]}"
 
 
-def _carry_out(version: ModelVersion, decision: GateDecision) -> None:
-    if decision.promoted:
+def _carry_out(version: ModelVersion, decision: GateDecision, champion: int | None) -> None:
+    if decision.promoted or champion == version.version:
         crown(version.model, version.version, decision.reason, decision.champion_before)
     else:
         registry.set_alias(version.model, "challenger", version.version)

@@ -2,7 +2,7 @@
 the most.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from stockpot.errors import RegistryError
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import SoupReport
 from stockpot.soup.rebuilding import FROM_INIT
@@ -37,23 +36,24 @@ def is_plain_mean(report: SoupReport) -> bool:
     return not report.shares and report.recipe not in FROM_INIT
 
 
-def stored_mean(report: SoupReport, folder: Path) -> dict[str, Tensor]:
-    """The weights of such a soup, BatchNorm statistics as averaged. folder: room for two ingredients.
+def sources(report: SoupReport) -> dict[str, Source]:
+    """Where a soup's ingredients lie, as far as the ledger still has them. One listing, however many they are."""
+    known, champion = tracking.ingredients_of(report.model, report.init_digest), report.champion
+    found = {
+        trial: Source(trial, known[trial].weights_sha256, partial(tracking.fetch_ingredient, known[trial]))
+        for trial in report.ingredients
+        if trial in known
+    }
+    if champion and champion.ingredient_id in report.ingredients and registry.find_soup(champion.model, champion.soup_sha256):
+        fetch = partial(registry.fetch_soup, champion.model, champion.soup_sha256)
+        found[champion.ingredient_id] = Source(champion.ingredient_id, champion.soup_sha256, fetch)
+    return found
 
-    Raises `RegistryError` for an ingredient that is gone, `IngredientMismatch` for a changed one.
+
+def stored_mean(report: SoupReport, found: Mapping[str, Source], folder: Path) -> dict[str, Tensor]:
+    """The weights of such a soup, BatchNorm statistics as averaged. found: all its ingredients, of `sources`. folder: room for two of them.
+
+    Raises `IngredientMismatch` for a changed one.
     """
-    sources = {trial: source(report, trial) for trial in report.ingredients}
-    return average_streamed(
-        report.ingredients, {trial: source.sha256 for trial, source in sources.items()}, lambda trial: sources[trial].open(folder)
-    )
-
-
-def source(report: SoupReport, trial: str) -> Source:
-    """Where one of a soup's ingredients lies. Raises `RegistryError` for one that is gone."""
-    champion = report.champion
-    if champion and trial == champion.ingredient_id:
-        return Source(trial, champion.soup_sha256, partial(registry.fetch_soup, champion.model, champion.soup_sha256))
-    ingredient = tracking.find_ingredient(report.model, trial)
-    if ingredient is None:
-        raise RegistryError(f"Ingredient {trial} of {report.model} is no longer in the ledger; it may have been pruned.")
-    return Source(trial, ingredient.weights_sha256, partial(tracking.fetch_ingredient, ingredient))
+    sha256 = {trial: one.sha256 for trial, one in found.items()}
+    return average_streamed(report.ingredients, sha256, lambda trial: found[trial].open(folder))

@@ -86,7 +86,7 @@ def test_a_version_is_told_and_rebuilt(run, model: str) -> None:
     assert document["version"] == {"model": model, "version": 2, "alias": "challenger", "soup_sha256": challenger.soup_sha256}
     assert SoupReport.model_validate(document["report"]) == challenger
     assert document["decision"] is None
-    assert f"version 1 is reproduced to the bit: {champion.soup_sha256}" in run("reproduce", model)
+    assert f"version 1 is reproduced: {champion.soup_sha256}. The weights were compared to the bit; every file" in run("reproduce", model)
     assert json.loads(run("reproduce", f"{model}@challenger", "--json"))["soup_sha256"] == challenger.soup_sha256
 
 
@@ -111,7 +111,7 @@ def test_a_person_crowns_and_rolls_back(run, model: str) -> None:
     registry.set_alias(model, "challenger", 2)
 
 
-def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, model: str, ground: Ground, tmp_path: Path) -> None:
+def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, refused, model: str, ground: Ground, tmp_path: Path) -> None:
     sweep = tiny_sweep(ground, model, 5)
     finish_trials(ground, sweep, tmp_path, noise=2.0, only=(3, 4))
     assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "a sweep that is not cooked keeps everything"
@@ -122,19 +122,37 @@ def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, model:
     assert "Would delete 0 of" in run("prune", model, "--keep-top", 0), "and what is young"
     assert "Would delete 0 of" in run("prune", model, "--keep-top", 5, "--min-age-h", 0), "and the best of every sweep"
 
+    borrower = tiny_sweep(ground, model, 1, SoupSpec(earlier=4))
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "and what a sweep under way may borrow"
+    client().delete_run(tracking.open_sweep(borrower))
+    uniform = tiny_sweep(ground, model, 5, SoupSpec(recipe="uniform"))
+    mean = cook(uniform.id, say=[].append)
+    assert releasing.register(mean).version == 4
+    tracking.close_sweep(uniform.id, "FINISHED", {"finished": 5})
+    assert f"Rebuild and compare them with `stockpot reproduce {model}/4`" in run("explain", f"{model}/4")
+
     needed = {trial for number in (1, 2) for trial in report_of(model, number).ingredients}
     dry = json.loads(run("prune", model, "--keep-top", 0, "--min-age-h", 0, "--json"))
     assert {one["about"] for one in dry["removable"]} == {trial.id for trial in sweep.trials} - needed
     assert (dry["applied"], dry["bytes"]) == (False, sum(one["size"] for one in dry["removable"]))
+    parts = {3: set(report.ingredients), 4: set(mean.ingredients)}
+    assert dry["forgets"] == [number for number, made_of in parts.items() if made_of - needed]
+    assert 4 in dry["forgets"]
     text = run("prune", model, "--keep-top", 0, "--min-age-h", 0)
-    assert f"Would delete 2 of {model}'s 8 stored weights and free {dry['bytes']:,} bytes; add --apply to do it." in text
-    assert f"Deleted 2 of {model}'s 8 stored weights and freed {dry['bytes']:,} bytes." in run(
+    assert f"{model} version 4 could then no longer be rebuilt from its ingredients; it serves as before." in text
+    assert f"Would delete 2 of {model}'s 9 stored weights and free {dry['bytes']:,} bytes; add --apply to do it." in text
+    assert f"Deleted 2 of {model}'s 9 stored weights and freed {dry['bytes']:,} bytes." in run(
         "prune", model, "--keep-top", 0, "--min-age-h", 0, "--apply"
     )
     assert tracking.find_ingredients(sweep) == [one for one in tracking.find_ingredients(sweep) if one.trial_id in needed]
     for number in (1, 2, 3):
         registry.fetch_version(registry.read_version(model, number), tmp_path / str(number))
     assert "reproduced" in run("reproduce", model)
+    lost = json.loads(run("explain", f"{model}/4", "--json"))["gone"]
+    assert {*lost} == {trial.id for trial in sweep.trials} - needed
+    for said in (run("explain", f"{model}/4"), refused("reproduce", f"{model}/4")):
+        assert f"version 4 can no longer be rebuilt: of its ingredients {', '.join(lost)} are gone from the ledger" in said
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "and nothing is forgotten twice"
     assert cook(sweep.id, say=[].append) == report, "a pruned sweep is still a cooked one"
     finished = finished_trials.fn(sweep)
     assert set(finished) == {trial.id for trial in sweep.trials}, "and is not trained again"

@@ -162,15 +162,22 @@ def test_no_server_is_one_sentence_within_five_seconds(monkeypatch: pytest.Monke
     assert time.monotonic() - start < 5
 
 
-def test_metrics_outlive_a_server_that_dies_during_training(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, ledger: str) -> None:
+def test_metrics_and_the_ingredient_outlive_a_server_that_dies_before_the_end(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, ledger: str, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    log = TrialLog(sweep.trials[0])
+    said: list[str] = []
+    log = TrialLog(sweep.trials[0], say=said.append)
     log.__enter__()
+    log.record_ingredient(files(tmp_path), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert seconds_of_a_hundred_steps(log) < 1
-    with pytest.raises(ServerUnreachable):
-        log.__exit__(None, None, None)
+    log.__exit__(None, None, None)
+    assert "ended FINISHED, which its run does not say yet: No MLflow server answers" in said[0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ledger)
     assert replay_metrics() >= 100
     assert len(client().get_metric_history(log.mlflow_run_id, "train/loss")) == 100
     assert replay_metrics() == 0
+    assert client().get_run(log.mlflow_run_id).info.status == "RUNNING"
+    tracking.close_sweep(sweep.id, "FINISHED", {"finished": 1})
+    assert client().get_run(log.mlflow_run_id).info.status == "FINISHED"

@@ -7,14 +7,18 @@ from uuid import uuid4
 import pytest
 from mlflow import MlflowClient
 
+from stockpot.config import GateSpec
+from stockpot.digests import digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import champions, registry
 from stockpot.ledger.champions import Move
 from stockpot.ledger.connection import client
 from stockpot.ledger.limits import MODEL_TAG
+from stockpot.outcomes import GateDecision, SoupReport
 from stockpot.release import crowning, releasing
 
-WRITES = ("set_registered_model_alias", "delete_registered_model_alias", "set_registered_model_tag", "delete_registered_model_tag")
+WRITES = ("set_registered_model_alias", "delete_registered_model_alias", "set_registered_model_tag", "delete_registered_model_tag",
+          "set_model_version_tag")  # fmt: skip
 
 
 class Killed(BaseException):
@@ -83,6 +87,89 @@ def test_a_move_killed_before_any_write_is_finished_by_the_same_again(
         set_aliases(model, champion=2, previous=1, challenger=3)
         client().delete_registered_model_tag(model, "stockpot.history")
     assert not killed_before(writes + 1, monkeypatch, lambda: action(model)), "no write was left out"
+
+
+REPORT = SoupReport.model_construct()
+"""What `gate` is given where it has nothing to measure."""
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, *, waits: bool = False) -> list[int | None]:
+    """Every version passes from now on; returns the champions it was judged against, as they come."""
+    against: list[int | None] = []
+
+    def decide(_report: Any, _version: Any, champion: int | None, spec: GateSpec) -> GateDecision:
+        against.append(champion)
+        told = f"Passed against {champion}."
+        return GateDecision(promoted=not waits, waits=waits, reason=told, gate_digest=digest(spec), champion_before=champion)
+
+    monkeypatch.setattr(releasing, "_decide", decide)
+    return against
+
+
+@pytest.mark.parametrize("number", [3, *[pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 4, 5, 6, 7, 8)]])
+def test_a_gate_killed_before_any_write_promotes_once_and_never_behind_a_persons_back(
+    model: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    against = judged(monkeypatch)
+    version = registry.read_version(model, 3)
+
+    def gate() -> GateDecision:
+        return releasing.gate(REPORT, version, GateSpec())
+
+    assert killed_before(number, monkeypatch, gate)
+    moved = number > 2  # decision, then the note of the move
+    assert releasing.rollback(model).version == (2 if moved else 1)
+    assert gate().promoted
+    assert registry.alias_version(model, "champion") == (2 if moved else 3)
+    assert against == ([2] if moved else [2, 1]), "and only against another champion it is judged again"
+
+
+@pytest.mark.slow
+def test_a_gate_and_an_approval_write_eight_times(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch)
+    version = registry.read_version(model, 3)
+    assert not killed_before(9, monkeypatch, lambda: releasing.gate(REPORT, version, GateSpec())), "no write was left out"
+    assert registry.aliases(model) == {"champion": 3, "previous": 2}
+    reset(model)
+    judged(monkeypatch, waits=True)
+    releasing.gate(REPORT, version, GateSpec())
+    assert not killed_before(9, monkeypatch, lambda: releasing.settle(version, approved=True)), "no write was left out"
+
+
+def test_a_decision_left_undone_is_settled_by_whoever_makes_the_version_champion(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch)
+    version = registry.read_version(model, 3)
+    assert killed_before(2, monkeypatch, lambda: releasing.gate(REPORT, version, GateSpec())), "decided, nothing moved"
+    releasing.promote(model, 3)
+    releasing.rollback(model)
+    assert releasing.gate(REPORT, version, GateSpec()).promoted
+    assert registry.alias_version(model, "champion") == 2, "a person had taken it back"
+
+
+@pytest.mark.parametrize("number", [2, *[pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4, 5, 6, 7, 8)]])
+def test_an_approval_killed_before_any_write_promotes_once(model: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, waits=True)
+    version = registry.read_version(model, 3)
+    releasing.gate(REPORT, version, GateSpec())
+
+    def approve() -> Any:
+        return releasing.settle(version, approved=True)
+
+    assert killed_before(number, monkeypatch, approve)
+    moved = number > 1
+    if moved:
+        assert releasing.rollback(model).version == 2
+    approve()
+    assert registry.alias_version(model, "champion") == (2 if moved else 3)
+    assert crowning.answer(version) == "approved by hand"
+
+
+def reset(model: str) -> None:
+    """As the fixture left it."""
+    set_aliases(model, champion=2, previous=1, challenger=3)
+    client().delete_registered_model_tag(model, "stockpot.history")
+    for name in registry.read_tags(registry.read_version(model, 3)):
+        client().delete_model_version_tag(model, "3", name)
 
 
 def test_another_command_finishes_the_interrupted_move_before_its_own(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

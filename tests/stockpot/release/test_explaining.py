@@ -1,6 +1,7 @@
 """Guards: a version can be told and rebuilt from the ledger alone, and one changed bit is found."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -43,7 +44,9 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
     soup, trial = tmp_path / "soup", tmp_path / "trial"
     registry.fetch_version(version, soup)
     tracking.fetch_ingredient(ingredient, trial)
-    evidence = registry.read_tags(version)["stockpot.evidence"].partition(f"{report.mlflow_run_id}/")[2]
+    decision = registry.read_decision(version)
+    assert decision is not None
+    evidence = decision.evidence.partition(f"{report.mlflow_run_id}/")[2]
     record = f"versions/{report.soup_sha256[:12]}"
     places = {
         "weights with sha256": lambda: model_file(report.model_id, soup, "artifacts/soup/model.safetensors"),
@@ -62,6 +65,48 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
             reproduce(model)
         mend()
     assert reproduce(model).version == 1
+
+    registry.write_tag(version, "stockpot.decision", decision.model_copy(update={"reason": "Promoted: it is the best."}).model_dump_json())
+    for command in (explain, reproduce):
+        with pytest.raises(RegistryError, match=r"Promoted: it is the best\.\) is not what follows .* \(Promoted: there is no"):
+            command(model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_bit_anywhere_in_any_stored_file_is_found(report: SoupReport, tmp_path: Path) -> None:
+    version = registry.read_version(report.model, 1)
+    registry.fetch_version(version, tmp_path / "soup")
+    stored = [(report.model_id, tmp_path / "soup")]
+    for trial in report.ingredients:
+        ingredient = tracking.find_ingredient(report.model, trial)
+        assert ingredient is not None
+        stored.append((ingredient.model_id, tracking.fetch_ingredient(ingredient, tmp_path / trial)))
+    flips = [
+        (f"{folder.name}/{path.relative_to(folder)}", partial(model_file, model_id, folder, str(path.relative_to(folder))))
+        for model_id, folder in stored
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    record = [info.path for info in client().list_artifacts(report.mlflow_run_id, f"versions/{report.soup_sha256[:12]}")]
+    flips += [(name, partial(run_file, report.mlflow_run_id, name)) for name in record]
+    assert {Path(name).name for name, _ in flips} >= {
+        "MLmodel", "served_model.py", "requirements.txt", "model.safetensors", "model.json", "fingerprint.json", "recipe.json",
+        "held_out.safetensors", "card.json", "card.md", "report.json",
+    }  # fmt: skip
+    assert any("/gate-against-" in name for name, _ in flips)
+    unnoticed = []
+    for name, flip in flips:
+        mend = flip()
+        try:
+            reproduce(report.model)
+        except (RegistryError, IngredientMismatch):
+            pass
+        else:
+            unnoticed.append(name)
+        mend()
+    assert unnoticed == []
+    assert reproduce(report.model) == version
 
 
 Mend = Callable[[], None]

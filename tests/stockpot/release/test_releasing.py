@@ -77,7 +77,7 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(ground: Ground,
     assert decision.size_ratio == pytest.approx(1, abs=0.01)
     judgement = releasing.read_judgement(better)
     assert judgement is not None
-    assert judgement.decision == decision
+    assert judgement.decision == decision.model_copy(update={"evidence": "", "evidence_sha256": ""})
     assert len(judgement.evidence.seconds_per_image) == gating.PAIRS
     assert registry.alias_version(model, "champion") == better.version
     assert registry.alias_version(model, "previous") == 1
@@ -94,6 +94,13 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(ground: Ground,
     releasing.rollback(model)
     assert releasing.gate(worse, version, lenient).promoted
     assert registry.alias_version(model, "champion") == better.version, "what was carried out once stands, whatever a person did since"
+
+    other = GateSpec(gate_tolerance=0.5)
+    assert releasing.gate(first_report, better, other) == decision, "about the champion nothing is left to decide"
+    assert registry.read_decision(better) == decision
+    assert crowning.settled_under(better, decision) == [decision.gate_digest, digest(other)]
+    releasing.promote(model, version.version)
+    assert releasing.gate(first_report, better, other) == decision, "and it stands when another is champion"
 
 
 def test_a_gate_killed_between_decision_and_alias_is_finished_by_the_next(ground: Ground, model: str, tmp_path: Path) -> None:
@@ -175,7 +182,7 @@ def test_a_version_that_waits_is_challenger_until_a_person_answers(ground: Groun
     assert releasing.settle(second, approved=False, note="not today").alias == "challenger"
     assert registry.read_tags(second)["stockpot.approval"] == "declined by hand: not today"
     assert aliases(model) == {"champion": 1, "challenger": 2, "previous": None}
-    assert releasing.answer(second) == "declined by hand: not today"
+    assert crowning.answer(second) == "declined by hand: not today"
     third, _ = released(cooked(ground, model, tmp_path, 2, recipe="uniform"), GateSpec(gate_tolerance=1.0, shift_tolerance=1.0))
     with pytest.raises(RegistryError, match="does not wait for approval"):
         releasing.settle(third, approved=True)
