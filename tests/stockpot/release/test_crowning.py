@@ -136,6 +136,7 @@ def test_a_gate_and_an_approval_write_eight_times(model: str, monkeypatch: pytes
     assert not killed_before(9, monkeypatch, lambda: releasing.settle(version, approved=True)), "no write was left out"
 
 
+@pytest.mark.slow
 def test_a_decision_left_undone_is_settled_by_whoever_makes_the_version_champion(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch)
     version = registry.read_version(model, 3)
@@ -146,7 +147,8 @@ def test_a_decision_left_undone_is_settled_by_whoever_makes_the_version_champion
     assert registry.alias_version(model, "champion") == 2, "a person had taken it back"
 
 
-@pytest.mark.parametrize("number", [2, *[pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4, 5, 6, 7, 8)]])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 9))
 def test_an_approval_killed_before_any_write_promotes_once(model: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, waits=True)
     version = registry.read_version(model, 3)
