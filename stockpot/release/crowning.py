@@ -13,11 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stockpot.data.node_cache import cache_root, locked
-from stockpot.digests import short
+from stockpot.digests import SHORT, text_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import champions, registry
 from stockpot.ledger.champions import Move
-from stockpot.outcomes import GateDecision, ModelVersion
+from stockpot.outcomes import ModelVersion
 
 DECLINED = "declined by hand"
 
@@ -71,17 +71,25 @@ def verify(version: ModelVersion, then: Callable[[Path], None] = lambda _: None)
         then(Path(folder))
 
 
-def settled_under(version: ModelVersion, decision: GateDecision) -> list[str]:
+def settled_under(version: ModelVersion) -> list[str]:
     """Digests of the gates under which a version's decision was carried out, or stood; none where it is still to be."""
-    of, *gates = registry.read_tags(version).get("stockpot.settled", "").split() or [""]
-    return gates if of == short(decision) else []
+    tags = registry.read_tags(version)
+    of, *gates = tags.get("stockpot.settled", "").split() or [""]
+    if of and not gates:  # an earlier Stockpot kept nothing but the gate
+        return [of] if (decision := registry.read_decision(version)) and decision.gate_digest == of else []
+    return gates if of == _named(tags) else []
 
 
-def note_settled(version: ModelVersion, decision: GateDecision, gate_digest: str) -> None:
+def note_settled(version: ModelVersion, gate_digest: str) -> None:
     """Keep that a version's decision is settled under a gate; what was settled of an earlier decision is forgotten."""
-    gates = settled_under(version, decision)
+    gates = settled_under(version)
     if gate_digest not in gates:
-        registry.write_tag(version, "stockpot.settled", " ".join([short(decision), *gates, gate_digest]))
+        registry.write_tag(version, "stockpot.settled", " ".join([_named(registry.read_tags(version)), *gates, gate_digest]))
+
+
+def _named(tags: dict[str, str]) -> str:
+    """The decision as it is stored: by its text, so that it keeps its name where a later Stockpot knows more of a decision."""
+    return text_digest(tags.get("stockpot.decision", ""))[:SHORT]
 
 
 def answer(version: ModelVersion) -> str:
@@ -95,7 +103,7 @@ def _settle(version: ModelVersion, why: str) -> None:
         return
     if decision.waits and (not (said := answer(version)) or said.startswith(DECLINED)):
         registry.write_tag(version, "stockpot.approval", why)
-    note_settled(version, decision, decision.gate_digest)
+    note_settled(version, decision.gate_digest)
 
 
 def _finish(model: str, move: Move) -> None:

@@ -163,8 +163,8 @@ def _gate(version: ModelVersion) -> str:
         return "Gate: not judged yet."
     told = crowning.answer(version)
     asked = f" It was {told}." if told else " Nobody has answered yet." if decision.waits else ""
-    follows = f"\n  The verdict follows again from its evidence, {decision.evidence}." if judgement else ""
-    return f"Gate: {decision.reason}{asked}{follows}"
+    follows = f"follows again from its evidence, {decision.evidence}" if judgement else "cannot be taken again: it names no evidence"
+    return f"Gate: {decision.reason}{asked}\n  The verdict {follows}."
 
 
 def _history(version: ModelVersion) -> str:

@@ -76,15 +76,15 @@ def gate(report: SoupReport, version: ModelVersion, spec: GateSpec) -> GateDecis
             if answer(version):
                 registry.write_tag(version, "stockpot.approval", "")  # it was about another decision
             registry.write_tag(version, "stockpot.decision", decision.model_dump_json())
-        if asked not in settled_under(version, decision):
+        if asked not in settled_under(version):
             _carry_out(version, decision, champion)
-            note_settled(version, decision, asked)
+            note_settled(version, asked)
     return decision
 
 
 def _stands(decision: GateDecision, version: ModelVersion, champion: int | None, asked: str) -> bool:
     """Whether a stored decision answers this gate: it is settled, about the champion, or still to be carried out against the same one."""
-    if champion == version.version or asked in settled_under(version, decision):
+    if champion == version.version or asked in settled_under(version):
         return True
     return decision.gate_digest == asked and decision.champion_before == champion
 

@@ -33,7 +33,8 @@ def verdict(report: SoupReport) -> str:
     if soup.test and single.test:
         told.append(f"{_points(soup.test, single.test)} on test")
     if soup.shift_average is not None and single.shift_average is not None:
-        told.append(f"{100 * (soup.shift_average - single.shift_average):+.2f} on the mean of {len(soup.shifts)} shift suites")
+        suites = f"the mean of {len(soup.shifts)} shift suites" if len(soup.shifts) > 1 else "the shift suite"
+        told.append(f"{100 * (soup.shift_average - single.shift_average):+.2f} on {suites}")
     return f"{len(report.ingredients)} of {len(report.trials)} trials. Against the best single model, in points: {', '.join(told)}."
 
 

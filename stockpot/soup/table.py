@@ -15,8 +15,14 @@ Shown = Callable[[Accuracy | None], str]
 NOTES = (
     "held_out was selected on, gate decides promotion, test and shift suites are only read; mean shift is the plain mean of the suites.",
     "ECE is the expected calibration error on gate, tempered after dividing logits by the one temperature that held_out asks for.",
-    "Evaluations (forward passes of one sample) and seconds are of making and scoring it, beyond what was known before.",
-    "Peak memory is the most that was resident meanwhile, mapped weight files among it; on a GPU the most that was allocated there.",
+    (
+        "Evaluations (forward passes of one sample) and seconds are of making and scoring it; passes whose scores were cached are left "
+        "out, so a second cook, or a recipe that shares soups with one above it, shows less than it would cost alone."
+    ),
+    (
+        "Peak memory is the most that the process held resident meanwhile, libraries, decoded images and mapped weight files among it; on "
+        "a GPU the most that was allocated there."
+    ),
 )
 """What the columns mean, as sentences."""
 

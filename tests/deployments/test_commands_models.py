@@ -111,7 +111,24 @@ def test_a_person_crowns_and_rolls_back(run, model: str) -> None:
     registry.set_alias(model, "challenger", 2)
 
 
-def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, refused, model: str, ground: Ground, tmp_path: Path) -> None:
+def test_pruning_says_what_it_would_free_and_takes_it_only_when_told(run, model: str, ground: Ground, tmp_path: Path) -> None:
+    sweep = tiny_sweep(ground, model, 4)
+    (stray,) = finish_trials(ground, sweep, tmp_path, noise=2.0, only=[3])
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "a sweep that is not cooked keeps everything"
+    client().delete_run(tracking.open_sweep(sweep))
+    assert "Would delete 0 of" in run("prune", model, "--keep-top", 0), "and what is young stays"
+    dry = json.loads(run("prune", model, "--keep-top", 0, "--min-age-h", 0, "--json"))
+    assert [(one["kind"], one["about"]) for one in dry["removable"]] == [("ingredient", stray.trial_id)]
+    assert (dry["applied"], dry["bytes"], dry["stored"], dry["forgets"]) == (False, dry["removable"][0]["size"], 6, [])
+    told = run("prune", model, "--keep-top", 0, "--min-age-h", 0, "--apply")
+    assert f"Deleted 1 of {model}'s 6 stored weights and freed {dry['bytes']:,} bytes." in told
+    assert [one.trial_id for one in tracking.find_ingredients(sweep)] == [trial.id for trial in sweep.trials[:3]]
+    for number in (1, 2):
+        registry.fetch_version(registry.read_version(model, number), tmp_path / str(number))
+
+
+@pytest.mark.slow
+def test_pruning_keeps_what_is_needed_and_names_what_it_forgets(run, refused, model: str, ground: Ground, tmp_path: Path) -> None:
     sweep = tiny_sweep(ground, model, 5)
     finish_trials(ground, sweep, tmp_path, noise=2.0, only=(3, 4))
     assert "Would delete 0 of" in run("prune", model, "--keep-top", 0, "--min-age-h", 0), "a sweep that is not cooked keeps everything"

@@ -124,6 +124,19 @@ def test_a_gate_killed_before_any_write_promotes_once_and_never_behind_a_persons
     assert against == ([2] if moved else [2, 1]), "and only against another champion it is judged again"
 
 
+def test_what_an_earlier_stockpot_carried_out_is_not_carried_out_again(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch)
+    version, asked = registry.read_version(model, 3), digest(GateSpec())
+    done = GateDecision(promoted=True, reason="Promoted.", gate_digest=asked, champion_before=2)
+    registry.write_tag(version, "stockpot.decision", done.model_dump_json())
+    registry.write_tag(version, "stockpot.settled", asked)  # as it was written before decisions had a name there
+    assert releasing.gate(REPORT, version, GateSpec()) == done
+    assert registry.alias_version(model, "champion") == 2, "a person had taken it back"
+    registry.write_tag(version, "stockpot.settled", digest(GateSpec(gate_tolerance=0.5)))
+    releasing.gate(REPORT, version, GateSpec())
+    assert registry.alias_version(model, "champion") == 3, "what was settled is another decision, and this one is still to be carried out"
+
+
 @pytest.mark.slow
 def test_a_gate_and_an_approval_write_eight_times(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch)

@@ -98,7 +98,7 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(ground: Ground,
     other = GateSpec(gate_tolerance=0.5)
     assert releasing.gate(first_report, better, other) == decision, "about the champion nothing is left to decide"
     assert registry.read_decision(better) == decision
-    assert crowning.settled_under(better, decision) == [decision.gate_digest, digest(other)]
+    assert crowning.settled_under(better) == [decision.gate_digest, digest(other)]
     releasing.promote(model, version.version)
     assert releasing.gate(first_report, better, other) == decision, "and it stands when another is champion"
 
