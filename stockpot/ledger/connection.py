@@ -6,6 +6,7 @@ MLflow's own defaults would block a worker for four minutes when the server is g
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking._tracking_service.utils import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-from stockpot.errors import BadRequest, ServerRefused, ServerUnreachable, SweepMissing
+from stockpot.errors import BadRequest, RegistryError, ServerRefused, ServerUnreachable, StockpotError, SweepMissing
 
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
@@ -33,6 +35,9 @@ PATIENCE = {
 
 REFUSALS = (401, 403)
 """HTTP's ways to say that this user may not."""
+
+NOT_ARRIVED = re.compile(r"failures occurred while downloading.*?##### File (?P<path>.+?) #####\s*(?P<reason>[^\n]*)", re.DOTALL)
+"""How MLflow says that a download failed (3.17.2): with the reasons in its text, and nowhere else."""
 
 
 def address() -> str:
@@ -79,7 +84,7 @@ def check_server(timeout_s: float = 4.0) -> None:
 @contextmanager
 def asking() -> Iterator[None]:
     """A server that does not answer, or fails while it does, becomes `ServerUnreachable`; one that does not let this user in
-    `ServerRefused`; what it refuses for another reason stays an `MlflowException`."""
+    `ServerRefused`; a file that is not there (any more) `RegistryError`; what it refuses for another reason stays an `MlflowException`."""
     try:
         yield
     except RestException as error:
@@ -89,11 +94,21 @@ def asking() -> Iterator[None]:
             raise
         raise ServerUnreachable(f"{_silent(address())} ({str(error).splitlines()[0][:200]})") from error
     except (MlflowException, requests.RequestException) as error:
-        if isinstance(error, MlflowException) and "API request to" not in str(error):
+        told, lost = str(error), NOT_ARRIVED.search(str(error))
+        if isinstance(error, MlflowException) and "API request to" not in told and not lost:
             raise
-        if refused := next((status for status in REFUSALS if f"failed with error code {status} " in str(error)), None):
+        if refused := next((one for one in REFUSALS if f"failed with error code {one} " in told or f"{one} Client Error" in told), None):
             raise _refused(refused) from error
-        raise ServerUnreachable(f"{_silent(address())} ({str(error).splitlines()[0][:200]})") from error
+        if lost:
+            raise _not_arrived(lost["path"], lost["reason"][:200], gone=isinstance(error, MlflowException) and is_gone(error)) from error
+        raise ServerUnreachable(f"{_silent(address())} ({told.splitlines()[0][:200]})") from error
+
+
+def is_gone(error: MlflowException) -> bool:
+    """Whether a record or a file is not in the ledger (any more), be it of the server's own disk or of an object store behind it."""
+    return error.error_code == "RESOURCE_DOES_NOT_EXIST" or any(
+        sign in str(error) for sign in ("404 Client Error", "An error occurred (404)")
+    )
 
 
 def experiment(model: str) -> str:
@@ -173,11 +188,27 @@ def search_models(model: str, condition: str) -> list[LoggedModel]:
 def read_file(mlflow_run_id: str, name: str) -> bytes:
     """One artifact of a run."""
     with tempfile.TemporaryDirectory() as folder:
-        return Path(client().download_artifacts(mlflow_run_id, name, folder)).read_bytes()
+        return fetch_file(mlflow_run_id, name, Path(folder)).read_bytes()
+
+
+def fetch_file(mlflow_run_id: str, name: str, folder: Path) -> Path:
+    """Download one artifact of a run. From where the run keeps them: asked for `runs:/...`, MLflow hides whatever went wrong (3.17.2)."""
+    home = client().get_run(mlflow_run_id).info.artifact_uri
+    return Path(get_artifact_repository(home, tracking_uri=address()).download_artifacts(name, str(folder)))
 
 
 def _silent(uri: str) -> str:
     return f"No MLflow server answers at MLFLOW_TRACKING_URI={uri}; start it (`stockpot stack up` for the local one) or correct the address"
+
+
+def _not_arrived(path: str, reason: str, *, gone: bool) -> StockpotError:
+    if gone:
+        return RegistryError(
+            f"The ledger at {address()} has no `{path}` any more: it was deleted; restore it, or make it again with `stockpot soup SWEEP`."
+        )
+    return ServerUnreachable(
+        f"The download of `{path}` from MLFLOW_TRACKING_URI={address()} broke off ({reason}); run the same again when the server answers."
+    )
 
 
 def _refused(status: int) -> ServerRefused:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging
-from stockpot.ledger.connection import address, asking, client, experiment, quoted, search_models
+from stockpot.ledger.connection import address, asking, client, experiment, is_gone, quoted, search_models
 from stockpot.outcomes import GateDecision, ModelVersion, Scores, VersionSummary, soup_id
 
 ALIASES = ("champion", "challenger", "previous")
@@ -61,8 +61,8 @@ def fetch_soup(model: str, soup_sha256: str, folder: Path) -> Path:
     with asking():
         try:
             download_artifacts(artifact_uri=f"models:/{found.model_id}", dst_path=str(folder), tracking_uri=address())
-        except RestException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        except MlflowException as error:
+            if not is_gone(error):
                 raise
             raise gone from error
     return _whole(folder, f"The {soup_id(soup_sha256)} of {model}", soup_sha256, found.tags.get("stockpot.files", "{}"))
@@ -181,7 +181,12 @@ def fetch_version(version: ModelVersion, folder: Path) -> Path:
     with asking():
         client()
         source = f"models:/{version.model}/{version.version}"
-        download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=address(), registry_uri=address())
+        try:
+            download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=address(), registry_uri=address())
+        except MlflowException as error:
+            if not is_gone(error):
+                raise
+            raise _no_files(version.model, version.version) from error
     if not any(folder.glob("artifacts/*/model.safetensors")):
         raise _no_files(version.model, version.version)
     return _whole(
@@ -250,7 +255,7 @@ def load(name: str) -> Any:
         try:
             return mlflow.pyfunc.load_model(f"models:/{version.model}/{version.version}")
         except MlflowException as error:
-            if "MLmodel" not in str(error):
+            if not is_gone(error):
                 raise
             raise _no_files(version.model, version.version) from error
 

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
 from mlflow.entities import LoggedModel
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from stockpot.ledger.connection import address, asking, client, search_models
+from stockpot.ledger.connection import address, asking, client, is_gone, search_models
 from stockpot.outcomes import soup_id
 
 Kind = Literal["ingredient", "soup"]
@@ -70,8 +70,8 @@ def delete_stored(model_id: str, kind: Kind) -> None:
 def _may_be_gone() -> Iterator[None]:
     try:
         yield
-    except RestException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+    except MlflowException as error:
+        if not is_gone(error):
             raise
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run, RunTag
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from stockpot.config import PinnedSnapshot, Sweep
@@ -29,7 +29,9 @@ from stockpot.ledger.connection import (
     create_child,
     create_run,
     experiment,
+    fetch_file,
     find_run,
+    is_gone,
     of_kind,
     read_file,
     search_models,
@@ -167,6 +169,8 @@ def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _asking_for(ingredient, INGREDIENT_FILES):
         download_artifacts(artifact_uri=f"models:/{ingredient.model_id}", dst_path=str(folder), tracking_uri=address())
+    if missing := [name for name in INGREDIENT_FILES if not (folder / name).exists()]:
+        raise _mismatch(ingredient, f"{missing[0]} is missing")
     if (sha256 := file_digest(folder / INGREDIENT_FILES[0])) != ingredient.weights_sha256:
         raise _mismatch(ingredient, f"its weights have sha256 {sha256[:12]}, recorded were {ingredient.weights_sha256[:12]}")
     for name, sha256 in ingredient.files.items():
@@ -243,7 +247,7 @@ def fetch_report_file(mlflow_run_id: str, name: str, folder: Path) -> Path:
     """Download one file of a soup run, such as `gate_logits.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     with asking():
-        return Path(client().download_artifacts(mlflow_run_id, name, str(folder)))
+        return fetch_file(mlflow_run_id, name, folder)
 
 
 def run_page(mlflow_run_id: str, model: str) -> str:
@@ -267,8 +271,8 @@ def _asking_for(ingredient: Ingredient, names: Sequence[str]) -> Iterator[None]:
             if missing := [name for name in names if name not in found]:
                 raise _mismatch(ingredient, f"{missing[0]} is missing")
             yield
-        except RestException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        except MlflowException as error:
+            if not is_gone(error):
                 raise
             raise _mismatch(ingredient, f"its LoggedModel {ingredient.model_id} is gone") from error
 

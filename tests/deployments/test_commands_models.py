@@ -16,6 +16,7 @@ from stockpot.release import releasing
 from stockpot.release.explaining import read_report
 from stockpot.soup.souping import cook
 from tasks.planning import finished_trials
+from tests.faulty_proxy import faulty_proxy
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
 COMMANDS = ("models", "explain", "reproduce", "promote", "rollback", "prune")
@@ -207,6 +208,28 @@ def test_what_is_missing_is_one_sentence(refused, model: str) -> None:
     assert f"The registry has no version 9 of {model}" in refused("explain", f"{model}/9")
     assert "no version 9" in refused("promote", model, "--version", 9)
     assert "names no version" in refused("reproduce", f"{model}/three")
+
+
+@pytest.mark.slow
+def test_a_download_that_breaks_off_is_one_sentence(
+    refused, run, model: str, ledger: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "grey.png").write_bytes(packaging.GREY_PNG)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with faulty_proxy(int(ledger.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
+        for name, words in (
+            ("report.json", ["explain", model]),
+            ("card.md", ["reproduce", model]),
+            ("model.safetensors", ["reproduce", model]),
+            ("model.safetensors", ["promote", model]),
+            ("model.safetensors", ["predict", model, tmp_path / "grey.png"]),
+            ("MLmodel", ["predict", model, tmp_path / "grey.png"]),
+        ):
+            proxy.break_next("cut", 1, after=1500, match=name.encode())
+            assert f"{name}` from MLFLOW_TRACKING_URI={proxy.endpoint} broke off" in refused(*words)
+            assert proxy.broken == 1
+        assert "is reproduced" in run("reproduce", model)
 
 
 @pytest.mark.slow

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, Sweep, SweepSpec
-from stockpot.errors import IngredientMismatch, ServerUnreachable, SweepMissing, TrialFailed
+from stockpot.errors import IngredientMismatch, RegistryError, ServerUnreachable, SweepMissing, TrialFailed
 from stockpot.ledger import tracking, trial_log
 from stockpot.ledger.connection import client
+from stockpot.ledger.stored import delete_stored
 from stockpot.ledger.trial_log import TrialLog, replay_metrics
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.sweeps import plan
+from tests.faulty_proxy import faulty_proxy
 
 
 def sweep_of(model: str, trials: int = 2) -> Sweep:
@@ -25,9 +27,9 @@ def sweep_of(model: str, trials: int = 2) -> Sweep:
     return plan(request, PinnedData(snapshot=snapshot), Init(uri="/store/inits/x", digest="b" * 64))
 
 
-def files(folder: Path, seed: int = 0) -> Path:
+def files(folder: Path, seed: int = 0, width: int = 3) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"head.weight": torch.full((2, 3), float(seed))}, folder / "model.safetensors")
+    save_file({"head.weight": torch.full((2, width), float(seed))}, folder / "model.safetensors")
     save_file({"logits": torch.zeros(4, 2)}, folder / "held_out.safetensors")
     (folder / "card.json").write_text("{}")
     (folder / "model.json").write_text("{}")
@@ -35,12 +37,12 @@ def files(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def record(sweep: Sweep, index: int, folder: Path) -> Ingredient:
+def record(sweep: Sweep, index: int, folder: Path, width: int = 3) -> Ingredient:
     with TrialLog(sweep.trials[index]) as log:
         log.params(sweep.trials[index].settings.model_dump())
         log.metrics({"train/loss": 1.0}, step=0)
         log.metrics({"train/loss": 0.5}, step=1)
-        return log.record_ingredient(files(folder, index), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0, step=1)
+        return log.record_ingredient(files(folder, index, width), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0, step=1)
 
 
 def seconds_of_a_hundred_steps(log: TrialLog) -> float:
@@ -181,3 +183,49 @@ def test_metrics_and_the_ingredient_outlive_a_server_that_dies_before_the_end(
     assert client().get_run(log.mlflow_run_id).info.status == "RUNNING"
     tracking.close_sweep(sweep.id, "FINISHED", {"finished": 1})
     assert client().get_run(log.mlflow_run_id).info.status == "FINISHED"
+
+
+def test_a_download_that_breaks_off_is_one_sentence_and_the_next_is_whole(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger: str
+) -> None:
+    made = record(sweep, 0, tmp_path / "made", width=20_000)
+    run = tracking.open_sweep(sweep)
+    tracking.store_text(run, "card.md", "a" * 100_000)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with faulty_proxy(int(ledger.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
+        for fault in ("cut", "reset", "stall"):
+            proxy.break_next(fault, 1, after=50_000, match=b"model.safetensors")
+            with pytest.raises(
+                ServerUnreachable, match=f"download of `model.safetensors` from MLFLOW_TRACKING_URI={proxy.endpoint} broke off"
+            ):
+                tracking.fetch_ingredient(made, tmp_path / fault)
+            assert proxy.broken == 1
+            assert tracking.fetch_ingredient(made, tmp_path / fault)
+        proxy.break_next("cut", 1, after=50_000, match=b"card.md")
+        with pytest.raises(ServerUnreachable, match=r"download of `card.md` .* broke off"):
+            tracking.read_text(run, "card.md")
+        assert tracking.read_text(run, "card.md") == "a" * 100_000
+
+
+def test_what_is_deleted_between_its_listing_and_its_download_is_named(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger: str
+) -> None:
+    made = record(sweep, 0, tmp_path / "made")
+    download = tracking.download_artifacts
+
+    def too_late(**asked: str) -> str:
+        delete_stored(made.model_id, "ingredient")
+        return download(**asked)
+
+    monkeypatch.setattr(tracking, "download_artifacts", too_late)
+    with pytest.raises(
+        IngredientMismatch, match=f"Ingredient {made.trial_id} is not what was recorded: .* (is gone|is missing); run its trial"
+    ):
+        tracking.fetch_ingredient(made, tmp_path / "late")
+    run = tracking.open_sweep(sweep)
+    tracking.store_text(run, "notes/card.md", "told")
+    assert tracking.read_text(run, "notes/card.md") == "told"
+    with pytest.raises(RegistryError, match=f"The ledger at {ledger} has no `notes/report.json` any more: it was deleted"):
+        tracking.read_text(run, "notes/report.json")
