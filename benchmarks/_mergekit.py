@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 import torch
-from mergekit.graph import Executor  # type: ignore[import-not-found]
-from mergekit.options import MergeOptions  # type: ignore[import-not-found]
-from mergekit.scripts import merge_raw_pytorch as raw  # type: ignore[import-not-found]
+from mergekit.graph import Executor  # type: ignore[import-not-found]  # no dependency: installed by hand, see above
+from mergekit.options import MergeOptions  # type: ignore[import-not-found]  # no dependency: installed by hand, see above
+from mergekit.scripts import merge_raw_pytorch as raw  # type: ignore[import-not-found]  # no dependency: installed by hand, see above
 
 
 def merge(config: Any, out: str, *, written: bool) -> float:

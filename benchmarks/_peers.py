@@ -63,7 +63,7 @@ def litdata(folder: Path, count: int) -> Any:
     import litdata
     from litdata.streaming.writer import BinaryWriter
 
-    class Pictures(litdata.StreamingDataset):  # type: ignore[misc]
+    class Pictures(litdata.StreamingDataset):  # type: ignore[misc]  # untyped, and no dependency
         def __getitem__(self, index: Any) -> Any:
             sample = super().__getitem__(index)
             return image_of(sample["jpg"]), sample["label"]
@@ -80,7 +80,7 @@ def streaming(folder: Path, count: int) -> Any:
     """A loader over mosaicml-streaming's MDS shards."""
     from streaming import MDSWriter, StreamingDataset
 
-    class Pictures(StreamingDataset):  # type: ignore[misc]
+    class Pictures(StreamingDataset):  # type: ignore[misc]  # untyped, and no dependency
         def __getitem__(self, index: Any) -> Any:
             sample = super().__getitem__(index)
             return image_of(sample["jpg"]), sample["label"]

@@ -94,7 +94,7 @@ def train(pinned: PinnedSnapshot, seed: int) -> nn.Module:
         images_BD, texts_TD, scale = model(normalise(images_B3HW, preprocess), tokenizer(list(texts)))
         loss = contrast(images_BD, texts_TD[places], scale)
         rule.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # as torch left it
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rule.step()
     return model.eval()

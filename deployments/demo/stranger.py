@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 for name in ("stockpot", "tasks", "flows", "deployments"):
-    sys.modules[name] = None  # type: ignore[assignment]
+    sys.modules[name] = None  # type: ignore[assignment]  # how Python is told that there is no such module
 
 import mlflow  # noqa: E402
 

@@ -18,7 +18,7 @@ def until_failure(run: Callable[[Given], Result]) -> Callable[[Given], Result]:
             raise CancelledError("an earlier call failed")
         try:
             return run(given)
-        except BaseException:
+        except BaseException:  # an interrupt stops the queue too; all go on to the caller
             failed.set()
             raise
 

@@ -58,7 +58,7 @@ def try_out(package: Path) -> None:
         config = json.loads(next(package.glob("artifacts/*/model.json")).read_bytes())
         (answer,) = mlflow.pyfunc.load_model(str(package)).predict([_smallest_input(config)])
         found = "" if math.isfinite(answer["probability"]) else f"its probability is {answer['probability']}"
-    except Exception as error:
+    except Exception as error:  # whatever the code and the files of a registered version may raise
         raise RegistryError(f"The model does not answer when loaded as a service loads it ({error}); it gets no alias.") from error
     if found:
         raise RegistryError(f"The model gives no usable answer ({found}); it gets no alias.")

@@ -35,6 +35,7 @@ class Encoder(nn.Module):
         config = _library().AutoConfig.for_model(**arch["config"])
         self.encoder: nn.Module = _library().AutoModelForTextEncoding.from_config(config, dtype=torch.float32)
         self.padding = _padding(config)
+        self.width: int = config.hidden_size
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         mask_BL = tokens_BL != self.padding
@@ -50,9 +51,7 @@ class Encoder(nn.Module):
 def tower(arch: dict[str, Any]) -> tuple[nn.Module, int]:
     """The encoder of that config with random weights, and its number of features."""
     body = Encoder(arch)
-    width = body.encoder.config.hidden_size  # type: ignore[union-attr]  # transformers hangs its config on the module
-    assert isinstance(width, int)
-    return body, width
+    return body, body.width
 
 
 def describe(base: BaseSpec) -> tuple[dict[str, Any], Tokens]:
@@ -90,7 +89,7 @@ def _config(base: BaseSpec) -> Any:
         raise ModelError(f"`{name}` describes a `{kind}`, which is no text encoder of transformers; {nearest(kind, list(known))}")
     try:
         return _library().AutoConfig.for_model(kind, **{name: value for name, value in plain.items() if name != "model_type"})
-    except Exception as error:
+    except Exception as error:  # each config of transformers refuses what it is given in its own way
         told = " ".join(str(error).split())
         raise ModelError(f"`{name}` does not describe a `{kind}` ({told}); write it as transformers does.") from error
 
@@ -108,14 +107,14 @@ def _from_hub(base: BaseSpec, what: str, **options: Any) -> Any:
         ) from error
 
 
-def _of_encoder(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+def _of_encoder(state: dict[str, Tensor], encoder: Any) -> dict[str, Tensor]:
     """The encoder's part of a whole model's weights: a tied tensor under all its names, and where there is no pooler, a random one."""
     for pattern, name in RENAMED.items():
         state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
     prefix = f"{encoder.base_model_prefix}."
     if any(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    unwanted = (*LEFT_BEHIND, *(encoder._keys_to_ignore_on_load_unexpected or ()))  # type: ignore[misc]
+    unwanted = (*LEFT_BEHIND, *(encoder._keys_to_ignore_on_load_unexpected or ()))
     found = {key: tensor for key, tensor in state.items() if not any(re.search(str(pattern), key) for pattern in unwanted)}
     own = encoder.state_dict()
     given = {own[key].data_ptr(): tensor for key, tensor in found.items() if key in own}

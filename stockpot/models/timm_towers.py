@@ -62,9 +62,9 @@ def load(base: BaseSpec, arch: dict[str, Any]) -> tuple[dict[str, Tensor], None]
     return published.state_dict(), None
 
 
-def _without_classifier(state: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
+def _without_classifier(state: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
     """The tower's part of a whole timm model's weights."""
-    classifier = body.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]  # timm hangs its config on the module
+    classifier = body.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in heads}
 

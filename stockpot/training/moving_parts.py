@@ -100,7 +100,7 @@ class Training:
                 with self._autocast():
                     logits_BC = self.forward(images_B3HW[part])
                 loss = self.loss(logits_BC.float(), labels_B[part], partners_B[part], share) * (len(logits_BC) / size)
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # as torch left it
             total += loss.detach()
         return total
 
