@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from stockpot.data.epochs import derive
 from stockpot.data.images import Undecodable
@@ -35,7 +35,7 @@ class Made(NamedTuple):
     """One batch made, and what it took."""
 
     images: Tensor
-    """uint8 B3SS, or tokens int32 BL."""
+    """uint8 B3SS, in memory as the decoder leaves it: BSS3; or tokens int32 BL."""
     labels: Tensor
     """int64 B."""
     samples: NDArray[np.int64]
@@ -80,7 +80,7 @@ class Maker(Dataset[Made]):
         rows = self.snapshot.index.rows[wanted.ids]
         good = [place for place, one in enumerate(inputs) if isinstance(one, Tensor)]
         skipped = [self._where(wanted.ids[place], one) for place, one in enumerate(inputs) if isinstance(one, str)]
-        batch = torch.stack([one for one in inputs if isinstance(one, Tensor)]) if good else torch.empty(0, *self.preprocess.shape)
+        batch = _stacked([one for one in inputs if isinstance(one, Tensor)]) if good else torch.empty(0, *self.preprocess.shape)
         labels = torch.from_numpy(rows["label"][good].astype(np.int64))
         counts = {"planned": len(inputs), "read": len(good), "skipped": len(skipped), **self._fetched}
         self._fetched.clear()
@@ -105,3 +105,13 @@ class Maker(Dataset[Made]):
     def __del__(self) -> None:
         for file in self._files.values():
             os.close(file)
+
+
+def _stacked(inputs: list[Tensor]) -> Tensor:
+    """One batch, in a loader worker straight into the memory it shares with the trial. The colours of a pixel stay together as they were
+    decoded; sorting them by plane takes a worker a tenth of its time and a GPU none, which does it while it normalises."""
+    if inputs[0].ndim == 1:
+        stacked: Tensor = default_collate(inputs)
+        return stacked
+    pixels_BSS3: Tensor = default_collate([image_3SS.permute(1, 2, 0) for image_3SS in inputs])
+    return pixels_BSS3.permute(0, 3, 1, 2)
