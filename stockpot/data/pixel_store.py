@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import simplejpeg
 import torchvision
 from numpy.typing import NDArray
 
@@ -56,7 +57,7 @@ def pixels(snapshot: Snapshot, split: str, preprocess: Preparation) -> Pixels:
 
 def _folder(snapshot: Snapshot, split: str, preprocess: Preparation, rows: NDArray[np.void]) -> Path:
     """The folder of this split on this node, built under a lock if need be."""
-    versions = [torchvision.__version__, PIL.__version__]
+    versions = [torchvision.__version__, PIL.__version__, simplejpeg.__version__]
     identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), versions])}"
     cache = NodeCache()
     folder = cache.root / "pixels" / identity

@@ -5,6 +5,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from stockpot.data.images import Undecodable, decode, eval_transform
@@ -29,6 +31,29 @@ def hwc(data: bytes) -> np.ndarray:
 def test_jpeg_equals_pillow_to_the_last_bit(options: dict[str, object]) -> None:
     data = encoded(Image.fromarray(SMOOTH), "jpeg", **options)
     assert np.array_equal(hwc(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@given(data=st.data(), side=st.tuples(st.integers(1, 70), st.integers(1, 70)), grey=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_jpeg_whole_cut_or_corrupt_is_what_pillow_makes_of_it(data: st.DataObject, side: tuple[int, int], grey: bool) -> None:
+    options = data.draw(
+        st.fixed_dictionaries(
+            {"quality": st.integers(1, 100), "subsampling": st.sampled_from([0, 1, 2]), "progressive": st.booleans()},
+            optional={"restart_marker_blocks": st.integers(1, 4), "comment": st.just(b"a word")},
+        )
+    )
+    image = Image.fromarray(np.resize(SMOOTH, (*side, 3)))
+    jpeg = bytearray(encoded(image.convert("L") if grey else image, "jpeg", **options))
+    if data.draw(st.booleans()):
+        jpeg[data.draw(st.integers(2, len(jpeg) - 1))] ^= data.draw(st.integers(1, 255))
+    jpeg = jpeg[: data.draw(st.sampled_from([len(jpeg), len(jpeg) - 2, len(jpeg) // 2]))]
+    try:
+        expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    except (OSError, SyntaxError):
+        with pytest.raises(Undecodable):
+            decode(bytes(jpeg))
+    else:
+        assert np.array_equal(hwc(bytes(jpeg)), expected)
 
 
 def test_grey_is_repeated() -> None:
