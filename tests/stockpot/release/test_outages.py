@@ -84,9 +84,9 @@ def release(sweep_id: str) -> None:
 def goes_away(around: Surroundings, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, but `what` goes away just before its first call."""
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         around.stop(what)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return call
 
@@ -118,12 +118,18 @@ def test_a_soup_interrupted_before_every_step_is_cooked_once_and_scores_nothing_
 ) -> None:
     sweep = tiny_sweep(ground, f"outages-{uuid4().hex[:8]}", 4, SoupSpec(compare=("pruned",)))
     finish_trials(ground, sweep, tmp_path)
-    costs = []
-    steps = [(what, tracking, step) for step in ("fetch_ingredient", "record_report") for what in ("store", "ledger")]
-    for what, module, step in (*steps, ("store", packaging, "package"), ("ledger", registry, "log_soup_model")):
+    costs, keep = [], souping._record
+    for what, module, step in (
+        ("store", tracking, "fetch_ingredient"),
+        ("ledger", tracking, "fetch_ingredient"),
+        ("store", packaging, "package"),
+        ("ledger", registry, "log_soup_model"),
+        ("store", tracking, "record_report"),
+        ("ledger", tracking, "record_report"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, step, goes_away(surroundings, what, getattr(module, step)))
-            patch.setattr(souping.page, "write", lambda report, _: costs.append(report.costs) or "")
+            patch.setattr(souping, "_record", lambda report, *rest: costs.append(report.costs) or keep(report, *rest))
             with pytest.raises(ServerUnreachable, match="MLFLOW_TRACKING_URI"):
                 cook(sweep.id, say=[].append)
         surroundings.start(what)
