@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from deployments.demo.serving import serving
 from deployments.deploying import ROOT, deploy_all
 from deployments.local.state import Lock
 from deployments.stack import local_stack, running_environ
@@ -55,10 +56,12 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
         seconds["soup"] = report.seconds
         seconds["sweep"] -= report.seconds
         with _timed(seconds, "consumer", "A fresh process without this repository loads the champion"):
-            agreed = _stranger(version, report, uris["test"], seed)
+            told = [_stranger(version, report, uris["test"], seed)]
+        with _timed(seconds, "record", "The version is explained, rebuilt from its ingredients, and served over HTTP"):
+            told += _use(version, report)
         seconds["total"] = time.monotonic() - began
         _write(report, version, seconds, request.sweep.trials)
-        _tell(report, version, agreed, addresses, seconds, keep)
+        _tell(report, version, told, addresses, seconds, keep)
 
 
 def demo_request(uris: dict[str, Any], config: str, weights: str, seed: int) -> RetrainRequest:
@@ -172,7 +175,26 @@ def _stranger(version: ModelVersion, report: SoupReport, test: str, seed: int) -
         raise StockpotError(
             f"The loaded version answers {different} of {len(names)} test images unlike the soup itself: they must be equal."
         )
-    return f"{correct} of {len(names)} test images right, each answer as the soup's own"
+    return f"A fresh process without this repository: {correct} of {len(names)} test images right, each answer as the soup's own."
+
+
+def _use(version: ModelVersion, report: SoupReport) -> list[str]:
+    """What anybody may do with a version: explain it, rebuild it from its ingredients, and ask `mlflow models serve` about a picture."""
+    from stockpot.release import explaining
+
+    folder, name = STATE / "demo", f"{version.model}/{version.version}"
+    picture, explained = min(folder.glob("*.png")), folder / "explain.txt"
+    with serving(f"models:/{name}", folder / "serve.log") as service:
+        explained.write_text(f"{explaining.explain(name)}\n")
+        explaining.reproduce(name)
+        service.wait()
+        answer = service.ask(picture.read_bytes())
+    return [
+        f"`stockpot explain {name}` tells where it comes from: {explained}.",
+        f"`stockpot reproduce {name}` rebuilt it. {explaining.compared(report)}",
+        f"`mlflow models serve -m models:/{name}` answers over HTTP: {picture.name} is {answer['label']} ({answer['probability']:.2f}).",
+        f"`stockpot rollback {version.model}` makes the champion before it champion again, once there is one.",
+    ]
 
 
 def _own_answers(version: ModelVersion, test: str) -> list[str]:
@@ -218,7 +240,9 @@ def _write(report: SoupReport, version: ModelVersion, seconds: dict[str, float],
     (STATE / "demo.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _tell(report: SoupReport, version: ModelVersion, agreed: str, addresses: dict[str, str], seconds: dict[str, float], keep: bool) -> None:
+def _tell(
+    report: SoupReport, version: ModelVersion, told: list[str], addresses: dict[str, str], seconds: dict[str, float], keep: bool
+) -> None:
     best, soup = report.scores["best_single"].test, report.scores[report.recipe].test
     assert best is not None
     assert soup is not None
@@ -229,7 +253,7 @@ def _tell(report: SoupReport, version: ModelVersion, agreed: str, addresses: dic
         f"The soup of {len(report.ingredients)} of {len(report.trials)} trials {verdict} the best single model on test: {gain:+.2f} points."
     )
     print(f"{CAVEAT}\n{_control_text()}")
-    print(f"\n{version_line(version)}\nA fresh process without this repository: {agreed}.")
+    print("\n".join(["", version_line(version), *told]))
     pages = ", ".join(f"{name} {address}" for name, address in addresses.items())
     print(f"{pages}{'' if keep else ' (down now; `stockpot stack up` brings them back with everything in them)'}")
     print(f"{seconds['total']:.0f} s in all; figures in {STATE / 'demo.json'}.")

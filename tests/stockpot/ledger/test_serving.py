@@ -4,12 +4,8 @@ without pickle; two versions keep their own code."""
 import base64
 import io
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from deployments.demo.serving import Service, serving
+from deployments.local.processes import answers
 from stockpot.config import GateSpec, ReleaseSpec, SoupSpec
 from stockpot.data.images import decode, eval_transform
 from stockpot.ledger import packaging, registry, served_model, tracking
@@ -43,41 +41,15 @@ def released(ground: Ground, model: str, folder: Path, trials: int, spec: SoupSp
 
 
 @pytest.fixture
-def served(ground: Ground, ledger: str, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """The model's name and the address of its server."""
+def served(ground: Ground, ledger: str, tmp_path: Path) -> Iterator[tuple[str, Service]]:
+    """The model's name and its server."""
     model = f"serving-{uuid4().hex[:8]}"
     released(ground, model, tmp_path, 2, SoupSpec())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        f"models:/{model}@champion",
-        "--env-manager",
-        "local",
-        "-p",
-        str(port),
-    ]
-    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    with (tmp_path / "serve.log").open("wb") as log:
-        server = subprocess.Popen([*command, "-h", "127.0.0.1"], env=environ, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
-    try:
-        for _ in range(400):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "serve.log").read_text()[-2000:]
-                time.sleep(0.5)
-        yield model, f"http://127.0.0.1:{port}/invocations"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(20)
+    with serving(f"models:/{model}@champion", tmp_path / "serve.log") as service:
+        service.wait()
+        yield model, service
+    assert service.process.returncode is not None
+    assert not answers(f"{service.address}/ping"), "it is gone, and what it started"
 
 
 def ask(address: str, document: object) -> tuple[int, str]:
@@ -90,8 +62,9 @@ def ask(address: str, document: object) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def test_it_answers_over_http_and_refuses_nonsense(served: tuple[str, str]) -> None:
-    model, address = served
+def test_it_answers_over_http_and_refuses_nonsense(served: tuple[str, Service]) -> None:
+    model, service = served
+    address = f"{service.address}/invocations"
     own = registry.load(f"{model}@champion").predict([{"image": data} for data in IMAGES])
     rows = [{"image": base64.b64encode(data).decode()} for data in IMAGES]
     status, text = ask(address, {"dataframe_records": rows})
@@ -99,6 +72,7 @@ def test_it_answers_over_http_and_refuses_nonsense(served: tuple[str, str]) -> N
     told = json.loads(text)["predictions"]
     assert [row["label"] for row in told] == [row["label"] for row in own]
     assert [row["probability"] for row in told] == pytest.approx([row["probability"] for row in own])
+    assert service.ask(IMAGES[0]) == told[0]
     status, text = ask(address, {"dataframe_records": rows[:1], "params": {"top_k": 2}})
     assert status == 200, text
     (one,) = json.loads(text)["predictions"]
