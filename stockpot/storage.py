@@ -12,9 +12,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
 
 from stockpot import s3, s3_bodies
@@ -162,9 +163,10 @@ def list_prefix(uri: str) -> list[StoredObject]:
     top = _local(uri)
     found = []
     for path in sorted(top.rglob("*") if top.is_dir() else top.parent.glob(f"{top.name}*")):
-        if path.is_file() and not path.name.startswith(".stockpot-"):
+        with suppress(FileNotFoundError):  # removed meanwhile
             stat = path.stat()
-            found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat), datetime.fromtimestamp(stat.st_mtime, UTC)))
+            if S_ISREG(stat.st_mode) and not path.name.startswith(".stockpot-"):
+                found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat), datetime.fromtimestamp(stat.st_mtime, UTC)))
     return found
 
 

@@ -2,6 +2,7 @@
 told in `tracking`.
 """
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,17 +12,24 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
-from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException, RestException
 
 from stockpot.config import Trial
-from stockpot.digests import file_digest
-from stockpot.errors import BudgetSpent, IngredientMismatch, ServerRefused, ServerUnreachable
-from stockpot.ledger.connection import asking, check_server, client, create_child, experiment, find_run
+from stockpot.errors import BudgetSpent, ServerRefused, ServerUnreachable
+from stockpot.ledger import recording
+from stockpot.ledger.connection import asking, check_server, client, create_child, find_run
+from stockpot.ledger.recording import Made
 from stockpot.ledger.sampling import Sampler
 from stockpot.ledger.spool import Point, Spool, replay
-from stockpot.ledger.tracking import INGREDIENT_FILES, dataset, flow_tags, now_ms
+from stockpot.ledger.tracking import dataset, flow_tags, now_ms
 from stockpot.outcomes import Accuracy, Ingredient
+
+STANDS = "stockpot.stands."
+"""With the number of an attempt's claim behind it: the tag that says how that attempt stands."""
+
+REASON = 3000
+"""Characters of a reason that are kept: with all that is escaped it must fit into a run's tag."""
 
 
 class TrialLog:
@@ -29,30 +37,33 @@ class TrialLog:
     interruption. A further attempt reopens the run of the first one, and from then on it alone says how the run ends. Metrics never stall
     or stop the trial: see `spool`. A ledger that is gone at the end costs the run its ending, which `close_sweep` makes up for.
 
-    attempt: counts from 1. say: called with a line for what was lost. Raises `ServerUnreachable` on entering, before anything was computed.
+    attempt: as the fan-out counts, from 1. claim: of this attempt on the trial; the highest is the latest. say: called with a line for what
+    was lost. Raises `ServerUnreachable` on entering, before anything was computed.
     """
 
     def __init__(
-        self, trial: Trial, flow_run_id: str | None = None, attempt: int = 1, say: Callable[[str], None] = lambda _line: None
+        self,
+        trial: Trial,
+        flow_run_id: str | None = None,
+        attempt: int = 1,
+        say: Callable[[str], None] = lambda _line: None,
+        *,
+        claim: int = 1,
     ) -> None:
         self.trial = trial
         self._say = say
-        self._writer = uuid4().hex
-        self._tags = {"stockpot.attempt": str(attempt), "stockpot.writer": self._writer, **flow_tags(flow_run_id)}
+        self._claim = claim
+        self._about = {"stockpot.attempt": str(attempt), **flow_tags(flow_run_id)}
 
     def __enter__(self) -> Self:
         check_server()
         with asking():
-            trial = self.trial
-            tags = {"stockpot.trial": trial.id, "stockpot.index": str(trial.index)}
-            run = find_run(trial.model, "trial", trial.sweep_id, f" and tags.`stockpot.trial` = '{trial.id}'")
-            run = run or create_child(trial.model, f"trial {trial.index:03d} {trial.id}", "trial", trial.sweep_id, tags)
+            run = self._run()
             self.mlflow_run_id = str(run.info.run_id)
             self._known_params = set(run.data.params)
-            client().update_run(self.mlflow_run_id, "RUNNING")
-            client().log_batch(self.mlflow_run_id, tags=[RunTag(name, value) for name, value in self._tags.items()])
-            client().log_inputs(self.mlflow_run_id, [dataset("train", trial.snapshot, "training")])
-        self._spool = Spool(_spool_folder() / f"{self.mlflow_run_id}.{self._writer}.jsonl", self._send)
+            self._stand("RUNNING")
+            client().log_inputs(self.mlflow_run_id, [dataset("train", self.trial.snapshot, "training")])
+        self._spool = Spool(_spool_folder() / f"{self.mlflow_run_id}.{uuid4().hex}.jsonl", self._send)
         self._sampler = Sampler(self.metrics)
         return self
 
@@ -63,16 +74,44 @@ class TrialLog:
             self._say(f"{lost} points of trial {self.trial.id} were lost: the node's disk took none and the ledger did not answer in time")
         interrupted = isinstance(error, BudgetSpent) or not isinstance(error, Exception)
         status = "FINISHED" if error is None else "KILLED" if interrupted else "FAILED"
-        reason = "" if error is None else (str(error) or type(error).__name__)[:5000]
         try:
             with asking():
-                if client().get_run(self.mlflow_run_id).data.tags.get("stockpot.writer") != self._writer:
-                    return  # a later attempt has the run
-                tags = [RunTag("stockpot.reason", reason), RunTag("stockpot.undelivered_points", str(left))]
-                client().log_batch(self.mlflow_run_id, tags=tags)
-                client().set_terminated(self.mlflow_run_id, status)
+                self._stand(status, "" if error is None else (str(error) or type(error).__name__)[:REASON], left)
         except (ServerUnreachable, ServerRefused, MlflowException) as silence:  # what was recorded counts, and an error is told as it is
             self._say(f"trial {self.trial.id} ended {status}, which its run does not say yet: {silence}")
+
+    def _run(self) -> Run:
+        """The trial's run, created where there is none. Of two attempts that create one at once, who sees the other's takes that."""
+        trial = self.trial
+        condition = f" and tags.`stockpot.trial` = '{trial.id}'"
+        tags = {"stockpot.trial": trial.id, "stockpot.index": str(trial.index)}
+        while True:
+            if found := find_run(trial.model, "trial", trial.sweep_id, condition):
+                return found
+            made = create_child(trial.model, f"trial {trial.index:03d} {trial.id}", "trial", trial.sweep_id, tags)
+            if not find_run(trial.model, "trial", trial.sweep_id, f"{condition} and attributes.run_id != '{made.info.run_id}'"):
+                return made
+            client().delete_run(made.info.run_id)
+
+    def _stand(self, status: str, reason: str = "", undelivered: int = 0) -> None:
+        """Say how this attempt stands, under a tag of its own, and make the run stand as its latest attempt says.
+
+        MLflow has no compare-and-set. So whoever writes reads again, until the run is as its tags say: the last to write has seen what all
+        others said, and an attempt that was overtaken puts right what it has overwritten.
+        """
+        ledger, run_id = client(), self.mlflow_run_id
+        said = {**self._about, "status": status, "stockpot.reason": reason, "stockpot.undelivered_points": str(undelivered)}
+        ledger.set_tag(run_id, f"{STANDS}{self._claim:010d}", json.dumps(said, ensure_ascii=False))
+        while True:
+            run = ledger.get_run(run_id)
+            latest = json.loads(run.data.tags[max(name for name in run.data.tags if name.startswith(STANDS))])
+            wanted = latest.pop("status")
+            if run.info.status != wanted:
+                ledger.update_run(run_id, wanted) if wanted == "RUNNING" else ledger.set_terminated(run_id, wanted)
+            elif latest.items() <= run.data.tags.items():
+                return
+            else:
+                ledger.log_batch(run_id, tags=[RunTag(name, value) for name, value in latest.items()])
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; those of an earlier attempt stay as they are. Raises `ServerUnreachable`."""
@@ -90,51 +129,10 @@ class TrialLog:
     def record_ingredient(
         self, folder: Path, held_out: Accuracy, *, transform_digest: str, seconds: float, step: int = 0, ema_decay: float = 0.0
     ) -> Ingredient:
-        """Store what the trial made (`INGREDIENT_FILES` in `folder`) as a LoggedModel. The tag written last makes it exist.
-
-        seconds: of the whole trial. ema_decay: of the moving average it is. Raises `IngredientMismatch` when a file is missing,
-        `ServerUnreachable`.
-        """
-        for name in INGREDIENT_FILES:
-            if not (folder / name).exists():
-                raise IngredientMismatch(f"Trial {self.trial.id} hands over no {name}; an ingredient is {', '.join(INGREDIENT_FILES)}.")
-        with asking():
-            return self._record(folder, held_out, transform_digest, seconds, step, ema_decay)
-
-    def _record(self, folder: Path, held_out: Accuracy, transform_digest: str, seconds: float, step: int, ema_decay: float) -> Ingredient:
-        trial, ledger, own = self.trial, client(), self.trial.ingredient_id(ema_decay)
-        tags = {"stockpot.trial": own, "stockpot.sweep": trial.sweep_id, "stockpot.init": trial.init.digest}
-        title = f"trial-{trial.index:03d}-{own}".replace(".", "_")  # a LoggedModel's name takes no dot
-        model = ledger.create_logged_model(experiment(trial.model), title, self.mlflow_run_id, tags=tags, model_type="stockpot.ingredient")
-        ledger.log_model_artifacts(model.model_id, str(folder))
-        ledger.finalize_logged_model(model.model_id, "READY")
-        ledger.log_outputs(self.mlflow_run_id, [LoggedModelOutput(model.model_id, step)])
-        name, cut = "held_out", trial.snapshot.digest[:36]
-        ledger.log_metric(
-            self.mlflow_run_id,
-            f"held_out/accuracy-ema-{ema_decay!r}" if ema_decay else "held_out/accuracy",
-            held_out.value,
-            step=step,
-            model_id=model.model_id,
-            dataset_name=name,
-            dataset_digest=cut,
-        )
-        ingredient = Ingredient(
-            trial_id=own,
-            index=trial.index,
-            ema_decay=ema_decay,
-            model_id=model.model_id,
-            mlflow_run_id=self.mlflow_run_id,
-            weights_sha256=file_digest(folder / INGREDIENT_FILES[0]),
-            files={name: file_digest(folder / name) for name in INGREDIENT_FILES[1:]},
-            init_digest=trial.init.digest,
-            transform_digest=transform_digest,
-            held_out=held_out,
-            settings=trial.settings,
-            seconds=seconds,
-            gpus=trial.gpus,
-        )
-        ledger.set_logged_model_tags(model.model_id, {"stockpot.ingredient": ingredient.model_dump_json()})
+        """Store what a trial made and publish it at once: for a trial that nobody else can be running. See `recording`."""
+        made = Made(folder, held_out, transform_digest, seconds, step, ema_decay)
+        ingredient = recording.store(self.trial, self.mlflow_run_id, made)
+        recording.publish(self.trial, ingredient)
         return ingredient
 
     def _send(self, points: list[Point]) -> None:

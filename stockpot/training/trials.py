@@ -6,7 +6,7 @@ A trial is complete in itself and known by its digest: one that is already in th
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor
 from stockpot.checkpoints import save_weights
 from stockpot.config import Trial
 from stockpot.data.shards import Pixels, pixels
-from stockpot.data.snapshots import open_snapshot
+from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.digests import canonical
-from stockpot.errors import ServerUnreachable
+from stockpot.errors import ServerUnreachable, TrialFailed
 from stockpot.evaluation import accuracy, logits
-from stockpot.ledger import tracking
+from stockpot.ledger import recording, tracking
+from stockpot.ledger.recording import Made
 from stockpot.ledger.trial_log import TrialLog, replay_metrics
-from stockpot.models.classifier import Classifier, build
+from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
@@ -31,6 +32,7 @@ from stockpot.training import inits
 from stockpot.training.attempts import Attempt
 from stockpot.training.candidates import FINISHED, Candidate, finished
 from stockpot.training.course import Start, train_on_place
+from stockpot.training.fitting import room_for
 from stockpot.training.preemption import deferred_sigterm
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trainer import Log
@@ -49,10 +51,8 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     init is not the one the trial was drawn for, `BudgetSpent`, the state saved, at the end of `budget_s`, and whatever the data or the
     ledger refuse; exits with 143, the state saved, when it is told to by SIGTERM.
     """
-    done = tracking.find_ingredient(trial.model, trial.id)
-    if done is not None:
-        say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
-        return done.model_copy(update={"index": trial.index})
+    if done := _finished(trial, say):
+        return done
     if late := replay_metrics():
         say(f"{late} points of earlier trials on this node were delivered")
     began = time.monotonic()
@@ -60,39 +60,88 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
     snapshot = open_snapshot(trial.snapshot)
     snapshot.require_classes(config.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with TrialLog(trial, flow_run_id, attempt, say) as log, TemporaryDirectory(prefix="stockpot-trial-") as folder:
+    hold = Attempt(trial)
+    if done := _finished(trial, say):  # another attempt has ended it while this one began
+        hold.finish()
+        return done
+    with (
+        TrialLog(trial, flow_run_id, attempt, say, claim=hold.claim) as log,
+        TemporaryDirectory(prefix="stockpot-trial-") as folder,
+    ):
         log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest})
         log.params({"device": device, "gpus": trial.gpus})
-        hold = Attempt(trial)
-        candidates = _candidates(trial, hold, lambda: (config, weights), Path(folder), device=device, log=_note(trial, log, say), say=say)
-        model = build(config)
-        held_out = pixels(snapshot, "held_out", config.preprocess)
-        for decay, candidate in sorted(candidates.items(), reverse=True):  # the trial's own weights last: with them it is finished
-            load_state(model, candidate.weights)
-            logits_NC = logits(model, held_out.images, config.preprocess, device=device)
-            score = accuracy(logits_NC, held_out.labels)
+        counted = {name: one for name, one in hold.recorded.items() if recording.is_stored(one)}  # by an attempt that got no further
+        candidates: dict[float, Candidate] = {}
+        if not counted.keys() >= set(trial.ingredient_ids):
+            note = _note(trial, log, say)
+            candidates = _candidates(trial, hold, lambda: (config, weights), Path(folder), device=device, log=note, say=say)
+        made = _evaluation(trial, config, snapshot, candidates, Path(folder), device, began)
+        for decay in sorted((0.0, *trial.settings.ema_decays), reverse=True):  # the trial's own weights last: with them it is finished
             name = trial.ingredient_id(decay)
-            place = Path(folder) / name
-            _write_ingredient(place, trial, decay, model, logits_NC, held_out)
-            hold.require_hold()
-            record = partial(
-                log.record_ingredient,
-                place,
-                score,
-                transform_digest=held_out.transform_digest,
-                seconds=time.monotonic() - began,
-                step=candidate.step,
-                ema_decay=decay,
-            )
-            ingredient = _patiently(partial(_found_or_recorded, trial.model, name, record), hold, candidates, say)
+            stored = partial(_stored, trial, log.mlflow_run_id, made, decay)
+            ingredient = _patiently(partial(_recorded, hold, name, counted, stored), hold, candidates, say)
+            score = ingredient.held_out
             say(f"trial {trial.index:02d} {name} held_out {score.value:.4f} ({score.correct} of {score.seen})")
         hold.finish()
         say(f"trial {trial.index:02d} {trial.id} finished in {time.monotonic() - began:.1f} s")
         return ingredient
 
 
-def _found_or_recorded(model: str, name: str, record: Callable[[], Ingredient]) -> Ingredient:
-    return tracking.find_ingredient(model, name) or record()
+def _evaluation(
+    trial: Trial,
+    config: ModelConfig,
+    snapshot: Snapshot,
+    candidates: dict[float, Candidate],
+    folder: Path,
+    device: str,
+    began: float,
+) -> Callable[[float], Made]:
+    """Gives what the candidate of a decay comes to, evaluated and written into `folder` once, however often it is asked for."""
+    model = build(config)
+    held_out = pixels(snapshot, "held_out", config.preprocess)
+
+    @cache
+    def made(decay: float) -> Made:
+        candidate, place = candidates[decay], folder / trial.ingredient_id(decay)
+        load_state(model, candidate.weights)
+        with room_for("the evaluation of what was trained", "Use a device with more memory, or a smaller model.")():
+            logits_NC = logits(model, held_out.images, config.preprocess, device=device)
+        score = accuracy(logits_NC, held_out.labels)
+        _write_ingredient(place, trial, decay, model, logits_NC, held_out)
+        return Made(place, score, held_out.transform_digest, time.monotonic() - began, candidate.step, decay)
+
+    return made
+
+
+def _stored(trial: Trial, mlflow_run_id: str, made: Callable[[float], Made], decay: float) -> Ingredient:
+    return recording.store(trial, mlflow_run_id, made(decay))
+
+
+def _finished(trial: Trial, say: Say) -> Ingredient | None:
+    """The trial's ingredient, where the ledger has it."""
+    done = tracking.find_ingredient(trial.model, trial.id)
+    if done is None:
+        return None
+    say(f"trial {trial.index:02d} {trial.id} is finished already: held_out {done.held_out.value:.4f}")
+    return done.model_copy(update={"index": trial.index})
+
+
+def _recorded(hold: Attempt, name: str, counted: dict[str, Ingredient], stored: Callable[[], Ingredient]) -> Ingredient:
+    """The ingredient of that id in the ledger: found there, counted before, or stored now, and then counted by a word in the journal and
+    nothing else. Raises `TrialFailed`, and takes back what it stored, when a later attempt has the word."""
+    if found := tracking.find_ingredient(hold.trial.model, name):
+        return found
+    if name not in counted:
+        ingredient = stored()
+        try:
+            hold.record(ingredient)
+        except TrialFailed:
+            if hold.recorded.get(name) != ingredient:
+                recording.discard(ingredient)
+            raise
+        counted[name] = ingredient
+    recording.publish(hold.trial, counted[name])
+    return counted[name]
 
 
 def _patiently(work: Callable[[], Ingredient], hold: Attempt, candidates: dict[float, Candidate], say: Say) -> Ingredient:
@@ -104,7 +153,7 @@ def _patiently(work: Callable[[], Ingredient], hold: Attempt, candidates: dict[f
         try:
             return work()
         except ServerUnreachable as error:
-            if not saved:
+            if candidates and not saved:
                 hold.save(FINISHED, finished(candidates))
                 saved = True
                 say(f"trial {hold.trial.index:02d} is trained and saved, and waits {PATIENCE_S:.0f} s for the ledger: {error}")
@@ -131,7 +180,7 @@ def _note(trial: Trial, log: TrialLog, say: Say) -> Log:
         log.metrics(metrics, step)
         if "train/loss" in metrics:
             loss, rate, epoch = (metrics[f"train/{name}"] for name in ("loss", "learning_rate", "epoch"))
-            say(f"trial {trial.index:02d} step {step} epoch {epoch:.1f}/{trial.settings.epochs} loss {loss:.4f} lr {rate:.2e}")
+            say(f"trial {trial.index:02d} step {step} epoch {epoch:.1f} loss {loss:.4f} lr {rate:.2e}")
 
     return note
 

@@ -17,6 +17,7 @@ from stockpot.ledger.trial_log import TrialLog, replay_metrics
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.sweeps import plan
 from tests.faulty_proxy import faulty_proxy
+from tests.interrupting import Interrupting
 
 
 def sweep_of(model: str, trials: int = 2) -> Sweep:
@@ -37,8 +38,8 @@ def files(folder: Path, seed: int = 0, width: int = 3) -> Path:
     return folder
 
 
-def record(sweep: Sweep, index: int, folder: Path, width: int = 3) -> Ingredient:
-    with TrialLog(sweep.trials[index]) as log:
+def record(sweep: Sweep, index: int, folder: Path, width: int = 3, claim: int = 1) -> Ingredient:
+    with TrialLog(sweep.trials[index], claim=claim) as log:
         log.params(sweep.trials[index].settings.model_dump())
         log.metrics({"train/loss": 1.0}, step=0)
         log.metrics({"train/loss": 0.5}, step=1)
@@ -106,17 +107,31 @@ def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tm
     first = log.mlflow_run_id
     run = client().get_run(first)
     assert (run.info.status, run.data.tags["stockpot.reason"]) == ("FAILED", "The loss is NaN at step 3.")
-    assert record(sweep, 0, tmp_path).mlflow_run_id == first
+    assert record(sweep, 0, tmp_path, claim=2).mlflow_run_id == first
     assert client().get_run(first).info.status == "FINISHED"
 
 
 def test_an_attempt_that_was_replaced_no_longer_says_how_the_run_ends(sweep: Sweep, tmp_path: Path) -> None:
     orphan = TrialLog(sweep.trials[0], attempt=1)
     orphan.__enter__()
-    run = record(sweep, 0, tmp_path).mlflow_run_id
+    run = record(sweep, 0, tmp_path, claim=2).mlflow_run_id
     error = TrialFailed("Replaced by a later attempt.")
     orphan.__exit__(type(error), error, None)
     after = client().get_run(run)
+    assert (after.info.status, after.data.tags["stockpot.reason"]) == ("FINISHED", "")
+
+
+@pytest.mark.parametrize("point", range(3))
+def test_however_late_an_attempt_is_replaced_the_later_one_says_how_the_run_ends(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    early, made = TrialLog(sweep.trials[0]), []
+    early.__enter__()
+    replaced = Interrupting(monkeypatch, point, lambda: made.append(record(sweep, 0, tmp_path, claim=2)))
+    error = TrialFailed("Anything.")
+    early.__exit__(type(error), error, None)
+    assert replaced.happened
+    after = client().get_run(made[0].mlflow_run_id)
     assert (after.info.status, after.data.tags["stockpot.reason"]) == ("FINISHED", "")
 
 
