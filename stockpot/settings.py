@@ -13,12 +13,12 @@ class TrialSettings(Closed):
 
     learning_rate: float = Field(2e-5, gt=0, lt=1, description="Peak learning rate, reached after the warm-up.")
     weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay; biases and norms are exempt.")
-    epochs: int = Field(10, ge=1, le=10_000, description="Passes over the train split.")
+    epochs: int = Field(10, ge=1, le=10_000, description="Passes over the train split, where `max_steps` does not count them.")
     max_steps: int | None = Field(
         None,
         ge=0,
-        description="Optimiser steps after which training ends, before its epochs do. The schedule ends there too. 0: the init itself, "
-        "evaluated and never trained.",
+        description="Optimiser steps of the trial, in place of `epochs`: exactly these, over as many passes as they take, and the schedule "
+        "is of them. 0: the init itself, evaluated and never trained. None: `epochs` counts.",
     )
     batch_size: int = Field(512, ge=1, description="Images per optimiser step, over all devices of the trial.")
     micro_batch: int | None = Field(
@@ -39,7 +39,11 @@ class TrialSettings(Closed):
         "adamw", description="Update rule. adam couples its weight decay to the gradient; sgd and rmsprop have momentum 0.9."
     )
     sam_rho: float = Field(
-        0.0, ge=0, le=10, description="Radius of sharpness-aware minimisation around any rule, at twice the cost of a step; 0 is off."
+        0.0,
+        ge=0,
+        le=10,
+        description="Radius of sharpness-aware minimisation around any rule, at twice the time of a step and a copy of the trained "
+        "weights; 0 is off.",
     )
     schedule: Literal["cosine", "constant", "linear"] = Field("cosine", description="Learning rate after the warm-up: to zero, or held.")
     warmup_steps: int = Field(500, ge=0, description="Steps of linear rise from zero; never more than a tenth of all steps.")
@@ -81,7 +85,7 @@ class TrialSettings(Closed):
     ema_decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (),
         description="Decays per step of moving averages of the weights, such as 0.999. Each average is one more candidate ingredient, in "
-        "the uniform soup too, and costs the memory of the weights.",
+        "the uniform soup too, and costs twice the memory of the weights: in float64, for float32 loses small steps from 0.9999.",
     )
     evaluate_every_steps: int | None = Field(
         None,

@@ -31,17 +31,22 @@ class Candidate:
 
 
 class MovingAverages:
-    """Moving averages of a model's floating tensors, one set for each decay: average = decay * average + (1 - decay) * weights."""
+    """Moving averages of a model's floating tensors, one set for each decay: average = decay * average + (1 - decay) * weights.
+
+    In float64, at twice the memory of the weights a decay: in float32 a step of (1 - decay) of a small difference is less than half of the
+    last digit, and an average of decay 0.9999 or more stands still.
+    """
 
     def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
         self._tracked = {name: tensor for name, tensor in _own_tensors(model).items() if tensor.is_floating_point()} if decays else {}
-        self.averages = {decay: {name: tensor.detach().clone() for name, tensor in self._tracked.items()} for decay in decays}
+        self.averages = {decay: {name: tensor.detach().double() for name, tensor in self._tracked.items()} for decay in decays}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights of one more step in."""
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), list(self._tracked.values()), 1 - decay)
+            torch._foreach_mul_(list(average.values()), decay)
+            torch._foreach_add_(list(average.values()), list(self._tracked.values()), alpha=1 - decay)
 
     def state(self) -> State:
         """As part of a training state."""
@@ -97,11 +102,13 @@ def finished(candidates: dict[float, Candidate]) -> State:
 
 @contextmanager
 def wearing(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """The model with other weights while the block runs. Storage changes hands and comes back: nothing is copied."""
+    """The model with other weights, rounded to its own precision, while the block runs. Storage changes hands and comes back: its own are
+    not copied."""
     own = _own_tensors(model)
+    worn = {name: tensor.detach().to(own[name].dtype, copy=True) for name, tensor in weights.items()}
 
     def swap() -> None:
-        for name, tensor in weights.items():
+        for name, tensor in worn.items():
             own[name].data, tensor.data = tensor.data, own[name].data
 
     swap()

@@ -21,8 +21,11 @@ from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
 from stockpot.training.candidates import MovingAverages, State, below
 from stockpot.training.compiling import Compiled
-from stockpot.training.fitting import largest_fitting
+from stockpot.training.fitting import gigabytes, largest_fitting, room_for
 from stockpot.training.losses import loss_function, mix, partners, require_mixable
+
+FEWER_MOMENTS = "`adafactor` keeps hardly any moments and `sgd` one a weight, where the others keep two; `frozen` layers need none."
+"""What to do where the optimiser's moments do not fit."""
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,7 +55,13 @@ class Training:
         self.rule = optimisation.optimiser(model, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.loss = loss_function(settings)
-        self.averages = MovingAverages(model, settings.ema_decays)
+        trained = gigabytes(parameter for parameter in model.parameters() if parameter.requires_grad)
+        averages = gigabytes(model.parameters(), 2 * len(settings.ema_decays))
+        self._room_for_sam = room_for(f"sharpness-aware minimisation, a copy of {trained} of weights", "Set `sam_rho: 0`.")
+        self._room_for_step = room_for(f"the step of {settings.optimiser} beside {trained} of gradients", FEWER_MOMENTS)
+        self._room_for_averages = room_for(f"moving averages, {averages} in float64", "Leave a decay out of `ema_decays`.")
+        with self._room_for_averages():
+            self.averages = MovingAverages(model, settings.ema_decays)
         self.forward: nn.Module = Compiled(model) if settings.compile else model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -75,17 +84,20 @@ class Training:
         images_B3HW, share = mix(images_B3HW, settings, rng)
         loss = self._gradients(images_B3HW, labels_B, share)
         if settings.sam_rho > 0:
-            before = optimisation.climb(self.model, settings.sam_rho)  # along the gradient, whatever its length: a scaled loss will do
+            with self._room_for_sam():
+                before = optimisation.climb(self.model, settings.sam_rho)  # along the gradient, whatever its length: a scaled loss will do
             self._gradients(images_B3HW, labels_B, share)
             optimisation.descend(before)
-        self.scaler.unscale_(self.rule)
-        if settings.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         optimisation.set_learning_rate(self.rule, rate)
-        self.scaler.step(self.rule)
-        self.scaler.update()
+        with self._room_for_step():
+            self.scaler.unscale_(self.rule)
+            if settings.clip_norm > 0:
+                nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+            self.scaler.step(self.rule)
+            self.scaler.update()
         self.step += 1
-        self.averages.update()
+        with self._room_for_averages():
+            self.averages.update()
         return loss
 
     def _gradients(self, images_B3HW: Tensor, labels_B: Tensor, share: float) -> Tensor:

@@ -16,11 +16,16 @@ from stockpot.preparation import Preparation
 from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
 from stockpot.training.candidates import Best, Candidate, Score, State, Weights, on_cpu, wearing
+from stockpot.training.fitting import gigabytes, room_for
 from stockpot.training.moving_parts import Batch, Training, require_finite
 
 __all__ = ["Batch", "Batches", "Checkpoint", "Log", "State", "total_steps", "train"]
 
 LOG_EVERY_STEPS = 10
+IN_EVALUATION = room_for(
+    "an evaluation beside what training holds",
+    "Leave `evaluate_every_steps` out: the last weights are evaluated when the optimiser's memory is free again.",
+)
 
 Batches = Callable[[int, int], Iterable[Batch]]
 """(epoch from 0, batches to leave out at its start) to the epoch's batches."""
@@ -34,8 +39,7 @@ Checkpoint = Callable[[int, Callable[[], State]], None]
 
 def total_steps(settings: TrialSettings, steps_per_epoch: int) -> int:
     """Optimiser steps of the whole trial."""
-    steps = settings.epochs * steps_per_epoch
-    return steps if settings.max_steps is None else min(settings.max_steps, steps)
+    return settings.epochs * steps_per_epoch if settings.max_steps is None else settings.max_steps
 
 
 def train(
@@ -60,7 +64,9 @@ def train(
     together (`ranks`); its batches are its shares. Raises `NonFinite` with the step when the loss or a weight is no number, `TrialFailed`
     when memory runs out, `BadRequest` for `frozen` names that the model does not have.
     """
-    training = Training(model.to(device).train(), settings, preprocess, rank=rank, world=world)
+    with room_for(f"the model, {gigabytes(model.parameters())} of weights", "Use a device with more memory, or a smaller model.")():
+        model.to(device).train()
+    training = Training(model, settings, preprocess, rank=rank, world=world)
     best = Best()
     if resume is not None:
         training.restore(resume)
@@ -89,7 +95,7 @@ def train(
 def _evaluate(training: Training, best: Best, score: Score, log: Log) -> None:
     """Score the weights and every average of them, and keep what is the best so far."""
     for decay, average in {0.0: Weights(), **training.averages.averages}.items():
-        with wearing(training.model, average):
+        with IN_EVALUATION(), wearing(training.model, average):
             accuracy = score(training.model)
             best.offer(decay, training.step, accuracy.correct, training.model)
         log({f"held_out/accuracy-ema-{decay!r}" if decay else "held_out/accuracy": accuracy.value}, training.step)

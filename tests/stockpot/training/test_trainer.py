@@ -15,7 +15,9 @@ from stockpot.evaluation import normalise
 from stockpot.outcomes import Accuracy
 from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
+from stockpot.training import optimisation
 from stockpot.training.candidates import Candidate, MovingAverages, wearing
+from stockpot.training.optimisation import learning_rate
 from stockpot.training.trainer import State, total_steps, train
 
 PREPROCESS = Preprocess(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -131,8 +133,22 @@ def test_moving_averages_are_the_formula():
         average = tiny().state_dict()["1.weight"].double()
         for weight in seen:
             average = decay * average + (1 - decay) * weight.double()
-        assert torch.allclose(made[decay].weights["1.weight"].double(), average, atol=1e-5)
+        assert torch.equal(made[decay].weights["1.weight"], average.float())
     assert made[0.8].weights["2.num_batches_tracked"] == 10  # what is no float is not averaged
+
+
+def test_an_average_takes_in_steps_that_float32_would_lose():
+    """Each moves it by 1e-8, where the last digit of float32 is worth 1.2e-7."""
+    model, decay = nn.Linear(1, 1, bias=False), 0.99999
+    nn.init.ones_(model.weight)
+    averages = MovingAverages(model, (decay,))
+    nn.init.constant_(model.weight, 1.001)
+    for _ in range(3000):
+        averages.update()
+    oracle = 1.001 - 0.001 * decay**3000
+    with wearing(model, averages.averages[decay]):
+        assert model.weight.item() == pytest.approx(oracle, abs=1.2e-7)
+    assert oracle - 1 > 2.9e-5
 
 
 def test_the_best_of_every_average_is_kept_and_the_earlier_of_equals():
@@ -152,7 +168,7 @@ def test_the_best_of_every_average_is_kept_and_the_earlier_of_equals():
     assert asked == [2, 2, 4, 4, 6, 6, 8, 8, 9, 9]  # and once more at the end
     assert (made[0.0].step, made[0.9].step) == (4, 8)
     assert torch.equal(made[0.0].weights["1.weight"], seen[4]["model.1.weight"])
-    assert torch.equal(made[0.9].weights["1.weight"], seen[8]["ema.0.9.1.weight"])
+    assert torch.equal(made[0.9].weights["1.weight"], seen[8]["ema.0.9.1.weight"].float())
 
 
 def test_evaluation_changes_no_step():
@@ -163,7 +179,7 @@ def test_evaluation_changes_no_step():
     assert torch.equal(*last)
 
 
-def test_tied_weights_are_averaged_once_and_worn_without_a_copy():
+def test_tied_weights_are_averaged_once_and_get_their_own_storage_back():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
     averages = MovingAverages(model, (0.5,))
@@ -262,14 +278,32 @@ def test_a_state_that_is_no_number_is_never_stored():
         )
 
 
-def test_max_steps_end_a_trial_before_its_epochs():
-    settings = TrialSettings(epochs=3, max_steps=7)
-    steps: list[int] = []
-    run(settings, checkpoint=lambda step, _state: steps.append(step))
-    assert steps == list(range(1, 8))
-    assert total_steps(settings, STEPS_PER_EPOCH) == 7
+@pytest.mark.parametrize("asked", [7, 18])
+def test_a_trial_given_in_steps_takes_exactly_these_whatever_its_epochs(asked):
+    """Of five steps an epoch: two passes for 7, four for 18, though `epochs` says three; the rate falls to the end of them."""
+    settings = TrialSettings(epochs=3, max_steps=asked, batch_size=12, learning_rate=0.01, warmup_steps=0)
+    steps, passes, rates = [], [], []
+
+    def counted(epoch: int, skip: int = 0) -> Iterator[Batch]:
+        passes.append(epoch)
+        return batches(epoch, skip)
+
+    def log(metrics, _step):
+        rates.append(metrics["train/learning_rate"])
+
+    train(
+        tiny(),
+        settings,
+        counted,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        preprocess=PREPROCESS,
+        checkpoint=lambda step, _state: steps.append(step),
+        log=log,
+    )
+    assert steps == list(range(1, asked + 1))
+    assert passes == list(range(-(-asked // STEPS_PER_EPOCH)))
+    assert rates[-1] == learning_rate(settings, asked - 1, asked)
     assert total_steps(TrialSettings(max_steps=0), STEPS_PER_EPOCH) == 0
-    assert total_steps(TrialSettings(epochs=3, max_steps=99), STEPS_PER_EPOCH) == 15
 
 
 def test_a_loss_that_is_no_number_names_its_step():
@@ -301,3 +335,28 @@ def test_running_out_of_memory_says_what_was_measured_to_fit(room, said):
 
     with pytest.raises(TrialFailed, match=rf"at step 1 with 12 images a forward pass \(batch of 12\)\. {said}"):
         train(Hungry(192, 3), TrialSettings(epochs=1), batches, steps_per_epoch=STEPS_PER_EPOCH, preprocess=PREPROCESS)
+
+
+@pytest.mark.parametrize(
+    ("owner", "place", "settings", "said"),
+    [
+        (nn.Module, "to", {}, r"for the model, 1\.3e-05 GB of weights\. Use a device with more memory, or a smaller model"),
+        (torch.optim.AdamW, "step", {}, r"for the step of adamw beside 1\.3e-05 GB of gradients\. `adafactor` keeps hardly any"),
+        (optimisation, "climb", {"sam_rho": 0.1}, r"for sharpness-aware minimisation, a copy of 1\.3e-05 GB of weights\. Set `sam_rho: 0`"),
+        (MovingAverages, "__init__", {"ema_decays": (0.9, 0.99)}, r"for moving averages, 5\.1e-05 GB in float64\. Leave a decay out"),
+        (MovingAverages, "update", {"ema_decays": (0.9,)}, r"for moving averages, 2\.5e-05 GB in float64\. Leave a decay out"),
+        (
+            nn.Module,
+            "eval",
+            {"evaluate_every_steps": 2},
+            r"for an evaluation beside what training holds\. Leave `evaluate_every_steps` out",
+        ),
+    ],
+)
+def test_running_out_of_memory_elsewhere_says_for_what_and_what_to_do(monkeypatch, owner, place, settings, said):
+    def full(*_arguments, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(owner, place, full)
+    with pytest.raises(TrialFailed, match=f"The device ran out of memory {said}"):
+        run(TrialSettings(epochs=1, batch_size=12, **settings))
