@@ -1,5 +1,6 @@
 """Promise: the ready-made requests are valid, and the random search draws exactly the published distribution."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,24 @@ def test_the_random_search_switches_off_as_often_as_published():
     assert {one.epochs for one in drawn} == set(range(4, 17))
 
 
-@pytest.mark.parametrize(("name", "trials", "rates"), [("standard_grid", 48, 4), ("extreme_grid", 97, 8), ("seeds", 5, 1)])
-def test_the_grids_have_the_published_arms(name, trials, rates):
-    drawn = draw(request(name).sweep)
-    assert len(drawn) == trials
-    assert len({one.learning_rate for one in drawn}) == rates
+STANDARD = (3e-5, 2e-5, 1e-5, 3e-6)
+"""Learning rates of the paper's standard grid (arXiv:2203.05482); the extreme grid adds the other four."""
+
+
+@pytest.mark.parametrize(("name", "rates"), [("standard_grid", STANDARD), ("extreme_grid", (3e-4, 1e-4, *STANDARD, 1e-6, 1e-7))])
+def test_the_grids_are_the_published_ones(name, rates):
+    spec = request(name).sweep
+    trials = [one for one in draw(spec) if one.max_steps != 0]  # but for the init
+    arms = [(one.learning_rate, one.augmentation, one.mixup, one.seed) for one in trials]
+    assert sorted(arms) == sorted(product(rates, ("minimal", "medium", "strong"), (0, 0.5), (0, 1)))
+    assert spec.init_as_ingredient == (name == "extreme_grid")
+    for one in trials:
+        assert (one.optimiser, one.schedule, one.epochs, one.batch_size, one.warmup_steps, one.clip_norm) == (
+            "adamw", "cosine", 10, 512, 500, 1.0,
+        )  # fmt: skip
+
+
+def test_the_seeds_differ_in_nothing_else():
+    drawn = draw(request("seeds").sweep)
+    assert [one.seed for one in drawn] == [0, 1, 2, 3, 4]
+    assert len({one.model_copy(update={"seed": 0}) for one in drawn}) == 1
