@@ -62,6 +62,16 @@ def load(base: BaseSpec, arch: dict[str, Any]) -> tuple[dict[str, Tensor], None]
     return published.state_dict(), None
 
 
+def layers(model: nn.Module) -> dict[str, int]:
+    """timm's own number of the layer that each parameter belongs to, from the stem up, for what a model has of timm's; else nothing."""
+    return {
+        f"{name}.{parameter}".lstrip("."): layer
+        for name, part in model.named_modules()
+        if hasattr(part, "group_matcher")
+        for parameter, layer in timm.models.group_parameters(part, part.group_matcher(coarse=False), reverse=True).items()
+    }
+
+
 def _without_classifier(state: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
     """The tower's part of a whole timm model's weights."""
     classifier = body.pretrained_cfg.get("classifier") or ()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stockpot.errors import BadRequest
+from stockpot.models.timm_towers import layers as timm_layers
 from stockpot.settings import TrialSettings
 
 EMBEDDINGS = re.compile(
@@ -76,17 +77,34 @@ def frozen_names(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     return frozen
 
 
-def rate_scales(names: Iterable[str], layer_decay: float) -> dict[str, float]:
-    """The share of the learning rate that each parameter has: decay to the power of its distance from the top.
+def rate_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The share of the learning rate that each trainable parameter has: decay to the power of its distance from the top."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = {name: layer for name, layer in layer_numbers(model).items() if name in trainable}
+    top = max((layer for layer in layers.values() if layer is not None), default=0) + 1
+    return {name: 1.0 if layer is None else layer_decay ** (top - layer) for name, layer in layers.items()}
 
-    Embeddings are layer 0, block i is layer i + 1 by the first number in its name, stage i of a ResNet is layer i, and all else (the last
-    norm, the projection, the head) is the top.
+
+def require_layers(model: nn.Module) -> None:
+    """Raises `BadRequest` for a model that tells no block from another."""
+    if not any(layer_numbers(model).values()):
+        raise BadRequest(
+            "`layer_decay` needs a model whose blocks are numbered in the names of their parameters (`blocks.0.weight`), and this one's "
+            "are not; leave `layer_decay` at 1, or number them."
+        )
+
+
+def layer_numbers(model: nn.Module) -> dict[str, int | None]:
+    """The layer of every parameter, from 0; None is the top: the last norm, the projection, the head.
+
+    Embeddings are layer 0, block i is layer i + 1 by the first number in its name, and stage i of a ResNet is layer i. Where names tell no
+    more than the embeddings, as with a RegNet's or a DenseNet's, the layers are timm's own.
     """
-    names = list(names)
+    names = [name for name, _ in model.named_parameters()]
     depth = _resnet_depth if any(STAGE.search(name) for name in names) else _depth
-    depths: dict[str, int | None] = {name: depth(name) for name in names}
-    top = max((depth for depth in depths.values() if depth is not None), default=0) + 1
-    return {name: 1.0 if depth is None else layer_decay ** (top - depth) for name, depth in depths.items()}
+    layers = {name: depth(name) for name in names}
+    known = {} if any(layers.values()) else timm_layers(model)
+    return {name: known.get(name) for name in names} if known else layers
 
 
 def _depth(name: str) -> int | None:
@@ -105,7 +123,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     """Trainable parameters, in two groups for each rate: matrices are decayed; biases, norms and scales (fewer than two dimensions) are
     not. `scale` is a group's share of the learning rate."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = rate_scales(trainable, layer_decay)
+    scales = rate_scales(model, layer_decay)
     return [
         {
             "params": [parameter for name, parameter in trainable.items() if scales[name] == scale and (parameter.ndim >= 2) == decayed],

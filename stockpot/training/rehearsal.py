@@ -13,7 +13,7 @@ from stockpot.models.classifier import ModelConfig, build
 from stockpot.sweeps import draw
 from stockpot.training.augmentation import augmentation
 from stockpot.training.losses import loss_function, require_mixable
-from stockpot.training.optimisation import frozen_names
+from stockpot.training.optimisation import frozen_names, require_layers
 
 
 def rehearse(spec: SweepSpec, init: Init) -> None:
@@ -21,10 +21,13 @@ def rehearse(spec: SweepSpec, init: Init) -> None:
     drawn = draw(spec)
     config = ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json"))
     patterns = {settings.frozen for settings in drawn} - {()}
-    if patterns:
+    by_layer = any(settings.layer_decay < 1 for settings in drawn)
+    if patterns or by_layer:
         model = build(config)
         for frozen in sorted(patterns):
             frozen_names(model, frozen)
+        if by_layer:
+            require_layers(model)
     for settings in drawn:
         require_mixable(settings, config.preprocess)
     for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and _is_here(name)}):

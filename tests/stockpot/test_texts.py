@@ -116,7 +116,7 @@ def test_the_answer_is_transformers_own_on_the_bare_tokens(config: dict, tmp_pat
 )
 def test_rates_fall_from_the_head_to_the_embeddings(config: dict, embedding: str, block: str, tmp_path: Path) -> None:
     model = build(load_base(encoder(tmp_path, config)).config(TOPICS))
-    scales = rate_scales([name for name, _ in model.named_parameters()], 0.5)
+    scales = rate_scales(model, 0.5)
     names = ["head.weight", *(f"body.encoder.{block.format(number)}" for number in (1, 0)), f"body.encoder.{embedding}"]
     assert [scales[name] for name in names] == [1.0, 0.5, 0.25, 0.125]
 

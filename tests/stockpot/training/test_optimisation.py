@@ -21,6 +21,7 @@ from stockpot.training.optimisation import (
     optimiser,
     parameter_groups,
     rate_scales,
+    require_layers,
     set_learning_rate,
 )
 
@@ -101,8 +102,22 @@ def test_rates_by_layer_equal_an_oracle_on_a_small_vit():
     ],
 )
 def test_other_families_are_counted_from_the_same_top(name, scale):
-    names = [name, "body.trunk.blocks.0.0.x", "body.trunk.blocks.1.0.x"]
-    assert rate_scales(names, 0.5)[name] == pytest.approx(scale)
+    model = named(name, "body.trunk.blocks.0.0.x", "body.trunk.blocks.1.0.x")
+    assert rate_scales(model, 0.5)[name] == pytest.approx(scale)
+
+
+def named(*names: str) -> nn.Module:
+    """A model with parameters of these names."""
+    whole = nn.Module()
+    for name in names:
+        part = whole
+        *path, last = name.split(".")
+        for step in path:
+            if not hasattr(part, step):
+                part.add_module(step, nn.Module())
+            part = part.get_submodule(step)
+        part.register_parameter(last, nn.Parameter(torch.zeros(1)))
+    return whole
 
 
 def tiny_vit() -> nn.Module:
@@ -139,12 +154,28 @@ def test_every_rule_lowers_a_loss(rule):
 def test_a_resnet_is_counted_by_stages(tower):
     preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
     model = build(ModelConfig(**tower, preprocess=preprocess, classes=("a", "b")))
-    scales = rate_scales([name for name, _ in model.named_parameters()], 0.5)
+    scales = rate_scales(model, 0.5)
     oracle = {"conv": 0, "bn": 0, "layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4, "attnpool": 5, "head": 5}
     for name, scale in scales.items():
         part = name.removeprefix("body.").partition(".")[0]
         assert scale == 0.5 ** (5 - oracle[part if part in oracle else part.rstrip("123")]), name
     assert {scales[name] for name in scales if ".layer3." in name} == {0.25}
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "densenet121", "regnety_002"])
+def test_every_timm_tower_has_layers_that_rise_from_the_stem_to_the_head(name: str) -> None:
+    preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = build(ModelConfig(kind="timm", arch={"name": name}, preprocess=preprocess, classes=("a", "b")))
+    scales = list(rate_scales(model, 0.5).values())
+    assert scales[0] == min(scales) < 1 / 8
+    assert scales[-1] == 1
+    assert len(set(scales)) > 4
+    require_layers(model)
+
+
+def test_a_model_that_tells_no_block_from_another_has_no_layers() -> None:
+    with pytest.raises(BadRequest, match="needs a model whose blocks are numbered"):
+        require_layers(named("body.stem.weight", "body.first.weight", "body.second.weight", "head.weight"))
 
 
 def test_nobody_climbs_along_a_gradient_that_overflowed():
