@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images
 from torchvision.transforms.v2.functional import InterpolationMode
@@ -83,10 +85,11 @@ def _require_readable(string: str) -> None:
                 "behind a dash, such as `rand-m9-n2`."
             )
     values = {match[1]: int(match[2]) for match in (re.fullmatch(r"(m|mmax)(\d+)", section) for section in sections) if match}
-    if policy == "rand" and values.get("m", 10) > (most := values.get("mmax", 10)):
+    magnitude, most = values.get("m", 10), values.get("mmax", 10)
+    if policy == "rand" and magnitude > most:
         raise BadRequest(
-            f"The augmentation `{string}` has magnitude {values['m']} and timm cuts it down to {most}; write "
-            f"`{re.sub(r'-mmax[0-9]+', '', string)}-mmax{values['m']}`."
+            f"The augmentation `{string}` has magnitude {magnitude} and timm cuts it down to {most}; write "
+            f"`{re.sub(r'-mmax[0-9]+', '', string)}-mmax{magnitude}`."
         )
 
 
@@ -130,7 +133,7 @@ class TimmPolicy:
     def _transform(self) -> Any:
         from timm.data import create_transform
 
-        return create_transform(
+        made = create_transform(
             self.preprocess.size,
             is_training=True,
             scale=(self.smallest, 1.0),
@@ -139,11 +142,22 @@ class TimmPolicy:
             mean=self.preprocess.mean,
             normalize=False,
         )
+        for step in made.transforms:
+            for op in getattr(step, "ops", None) or chain.from_iterable(getattr(step, "policy", ())):
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = _posterize
+        return made
 
     def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
         with seeded(seed):
             result: Tensor = self._transform(images.to_pil_image(image_CHW))
         return result
+
+
+def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm asks for no bit at all at magnitudes 0 to 2, or from 10 on where they increase: a black picture once, an error since Pillow
+    13. One bit is kept, as RandAugment's other ports do."""
+    return picture if bits >= 8 else ImageOps.posterize(picture, max(1, bits))
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,21 @@ can be known: it has to be installed where trials run, which may be elsewhere. (
 
 from importlib.util import find_spec
 
+import torch
+
 from stockpot import storage
 from stockpot.config import Init, PinnedData, SweepSpec
 from stockpot.data.snapshots import open_snapshot
+from stockpot.errors import BadRequest
 from stockpot.models.classifier import ModelConfig, build
+from stockpot.preparation import Preparation, Preprocess
 from stockpot.sweeps import draw
 from stockpot.training.augmentation import augmentation
 from stockpot.training.losses import loss_function, require_mixable
 from stockpot.training.optimisation import frozen_names, require_layers
+
+DRAWS = 64
+"""Times an augmentation is tried on a small picture, some 0.02 s: operations are drawn, so once is not enough."""
 
 
 def rehearse(spec: SweepSpec, init: Init) -> None:
@@ -31,7 +38,7 @@ def rehearse(spec: SweepSpec, init: Init) -> None:
     for settings in drawn:
         require_mixable(settings, config.preprocess)
     for name in sorted({name for one in drawn for name in (one.augmentation, one.last_epoch_augmentation) if name and _is_here(name)}):
-        augmentation(name, config.preprocess)
+        _require_applicable(name, config.preprocess)
     for settings in {one.loss: one for one in drawn if _is_here(one.loss)}.values():
         loss_function(settings)
 
@@ -41,6 +48,22 @@ def require_same_classes(data: PinnedData) -> None:
     classes = open_snapshot(data.snapshot).classes
     for pinned in filter(None, (data.test, *data.shifts.values())):
         open_snapshot(pinned).require_classes(classes)
+
+
+def _require_applicable(name: str, preprocess: Preparation) -> None:
+    """Raises `BadRequest` for an augmentation that does not exist; or one of timm's that it cannot carry out, as it says of some
+    magnitudes only when it draws the operation they are too much for."""
+    if isinstance(preprocess, Preprocess) and ":" not in name:
+        preprocess = preprocess.model_copy(update={"size": 16})  # quick
+    made = augmentation(name, preprocess)
+    if made is None or ":" in name:
+        return
+    picture_3HW = torch.randint(256, (3, 24, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    try:
+        for seed in range(DRAWS):
+            made(picture_3HW, seed)
+    except ValueError as error:
+        raise BadRequest(f"The augmentation `{name}` fails when it is applied ({error}); take other numbers in it.") from error
 
 
 def _is_here(name: str) -> bool:

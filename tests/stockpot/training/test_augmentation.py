@@ -105,6 +105,13 @@ def test_what_timm_can_read_is_taken(name):
     assert augmentation(name, PREPROCESS)(IMAGE, 1).shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["rand-m0-n2-p1-mmax20", "rand-m20-n2-p1-mmax20", "rand-m10-n2-p1-inc1", "v0", "augmix-m10", "stochastic"])
+def test_every_operation_works_at_every_magnitude_and_posterising_keeps_a_bit(name):
+    augment = augmentation(name, PREPROCESS)
+    dark = [seed for seed in range(200) if not augment(IMAGE, seed).any()]
+    assert dark == []
+
+
 def test_seeding_leaves_the_global_generators_as_they_were():
     torch.manual_seed(3)
     random.seed(3)
