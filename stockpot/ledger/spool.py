@@ -6,7 +6,9 @@ idempotent, because a batch whose answer was lost is sent again.
 """
 
 import fcntl
+import io
 import json
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,8 +53,7 @@ class Spool:
         self._delivering = threading.Lock()
         self._closing = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file = _own(path)
         self._thread = threading.Thread(target=self._run, name="stockpot-spool", daemon=True)
         self._thread.start()
 
@@ -97,27 +98,41 @@ class Spool:
             return self._waiting[:BATCH]
 
 
+def _own(path: Path) -> io.FileIO:
+    """The file, locked, and under its name: one that was taken for a dead process' between its making and its locking is gone."""
+    while True:
+        file = io.FileIO(path, "a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
 def replay(path: Path, send: Send) -> int:
-    """Send what an ended process left in `path` and remove it; returns the number of points, 0 while the process lives.
+    """Send what an ended process left in `path` and remove it; returns the number of points, 0 while the process lives, or where another
+    one has delivered them.
 
     Raises `ServerUnreachable`, and the file stays.
     """
-    with path.open("a") as file:
+    with suppress(FileNotFoundError), path.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return 0
-        points = _read(path)
+        if not os.fstat(file.fileno()).st_nlink:
+            return 0
+        points = _points(file.read())
         for start in range(0, len(points), BATCH):
             send(points[start : start + BATCH])
         path.unlink(missing_ok=True)
-    return len(points)
+        return len(points)
+    return 0
 
 
-def _read(path: Path) -> list[Point]:
-    """The points of a spool file; a line cut off by a crash or a full disk is left out."""
+def _points(text: str) -> list[Point]:
+    """What a spool file holds; a line cut off by a crash or a full disk is left out."""
     points = []
-    for line in path.read_text().split("\n"):
+    for line in text.split("\n"):
         with suppress(ValueError, TypeError):
             points.append(Point(*json.loads(line)))
     return points

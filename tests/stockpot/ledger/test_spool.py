@@ -1,5 +1,6 @@
 """Promise: points reach their server once it takes them, whatever it or the disk refused before, and what is lost is counted."""
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,43 @@ def test_a_line_cut_off_costs_that_line_alone(tmp_path: Path) -> None:
     assert replay(path, sent.extend) == 5
     assert sent == POINTS
     assert not path.exists()
+
+
+def test_points_that_two_deliver_at_once_are_delivered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes at each step of the first: before it locks, while it sends, and after all."""
+    path = tmp_path / "points.jsonl"
+    spool = Spool(path, refuse)
+    spool.add(POINTS)
+    spool.close()
+    sent: list[Point] = []
+    lock = fcntl.flock
+
+    def late(file: object, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert replay(path, lambda points: sent.extend(points) or replay(path, sent.extend)) == 5
+        lock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert replay(path, sent.extend) == 0
+    assert replay(path, sent.extend) == 0
+    assert sent == POINTS
+    assert not path.exists()
+
+
+def test_a_file_delivered_before_its_maker_locked_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock = tmp_path / "points.jsonl", fcntl.flock
+
+    def taken(file: object, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert replay(path, refuse) == 0
+        lock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", taken)
+    spool = Spool(path, refuse)
+    spool.add(POINTS)
+    assert (spool.close(), spool.lost) == (5, 0)
+    sent: list[Point] = []
+    assert replay(path, sent.extend) == 5
 
 
 @pytest.mark.parametrize("status", [401, 429, 400])
