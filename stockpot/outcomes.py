@@ -180,6 +180,13 @@ class Enough(Closed):
         )
 
 
+class Borrowed(Closed):
+    """An ingredient of another model, whose body joined under this init's head."""
+
+    model: str
+    weights_sha256: str = Field(description="Of its body and this init's head together.")
+
+
 class SoupReport(Closed):
     """Everything a person or the gate needs to know of one cooked sweep."""
 
@@ -222,6 +229,7 @@ class SoupReport(Closed):
     classes: tuple[ClassChange, ...] = Field((), description="On the gate split, in the order of the labels.")
     excluded: dict[str, str] = Field(default_factory=dict, description="Trial id to the reason it was left out.")
     origins: dict[str, str] = Field(default_factory=dict, description="Ingredients from elsewhere that joined, to the sweep of each.")
+    borrowed: dict[str, Borrowed] = Field(default_factory=dict, description="Ingredients of other models that joined, by their ids.")
     champion: ModelVersion | None = Field(None, description="The version that joined as `ingredient_id`; its alias is of that moment.")
     marginal: tuple[MarginalPoint, ...] = Field((), description="The greedy soup against the number of trials, if asked for.")
     versions: dict[str, str] = Field(

@@ -33,6 +33,7 @@ async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
 
 
 def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
+    from stockpot.soup.borrowing import require_lenders
     from stockpot.training.inits import prepare
     from stockpot.training.probing import probed
     from stockpot.training.rehearsal import rehearse, require_same_classes
@@ -42,6 +43,7 @@ def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     probe = partial(probed, loader_workers=read.loader_workers, skip_fraction=read.skip_fraction, reading=read.reading)
     init = prepare(request.base, request.init, data.snapshot, request.store, probe)
     rehearse(request.sweep, init)
+    require_lenders(request.soup, init)
     return init
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stockpot.checkpoints import save_weights
-from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, SoupSpec, Sweep, SweepSpec
+from stockpot.config import BaseSpec, DataSpec, Init, InitSpec, PinnedData, PinnedSnapshot, RetrainRequest, SoupSpec, Sweep, SweepSpec
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
@@ -23,6 +23,7 @@ from stockpot.evaluation import accuracy, features, logits
 from stockpot.fields import Closed
 from stockpot.ledger import tracking
 from stockpot.ledger.trial_log import TrialLog
+from stockpot.models.bodies import body_digest
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import write_model
 from stockpot.models.loading import load_state
@@ -96,7 +97,9 @@ def on_ground(ground: Ground, config: ModelConfig, folder: Path) -> Ground:
 
 
 def _store_init(data: PinnedData, config: ModelConfig, folder: Path) -> Init:
-    return Init(uri=str(folder), digest=digest([write_model(folder, _init(data.snapshot, config)), config]))
+    model = _init(data.snapshot, config)
+    body = body_digest(model) if config.frozen_head else ""
+    return Init(uri=str(folder), digest=digest([write_model(folder, model), config]), body=body)
 
 
 def tiny_sweep(
@@ -115,6 +118,7 @@ def tiny_sweep(
         store=store or ground.folder,
         data=DataSpec(snapshot=uri),
         base=BaseSpec(arch="own"),
+        init=InitSpec(freeze_head=ground.config.frozen_head),
         sweep=SweepSpec(trials=trials, settings=settings or TrialSettings()),
         soup=soup or SoupSpec(),
     )
@@ -131,11 +135,14 @@ def finish_trials(ground: Ground, sweep: Sweep, folder: Path, noise: float = 0.0
 def finish_trial(
     ground: Ground, sweep: Sweep, index: int, folder: Path, noise: float = 0.05, state: dict[str, Tensor] | None = None
 ) -> Ingredient:
-    """One ingredient; `state` instead of noise where given."""
+    """One ingredient; `state` instead of noise where given. A frozen head gets no noise."""
     model, config = _init(sweep.data.snapshot, ground.config), ground.config
     rng = torch.Generator().manual_seed(index + 1)
+    noises = {name: noise * torch.randn(tensor.shape, generator=rng) for name, tensor in model.state_dict().items()}
+    still = "head." if config.frozen_head else "nothing"
     load_state(
-        model, state or {name: tensor + noise * torch.randn(tensor.shape, generator=rng) for name, tensor in model.state_dict().items()}
+        model,
+        state or {name: tensor if name.startswith(still) else tensor + noises[name] for name, tensor in model.state_dict().items()},
     )
     held_out = pixels(open_snapshot(sweep.data.snapshot), "held_out", config.preprocess)
     logits_NC = logits(model, held_out.images, config.preprocess)

@@ -52,7 +52,9 @@ class InitSpec(Closed):
     )
     seed: int = Field(0, ge=0, description="Seeds a random head or random base weights.")
     freeze_head: bool = Field(
-        False, description="Leave the head as it is and train the body alone, as soups across datasets need it of zero_shot heads."
+        False,
+        description="Leave the head as it is and train the body alone, so that models of other classes may borrow the bodies "
+        "(`soup.bodies_of`); made for zero_shot heads.",
     )
 
     @model_validator(mode="after")
@@ -79,3 +81,6 @@ class Init(Closed):
 
     uri: Uri = Field(description="Folder holding `model.safetensors`, `model.json` and `fingerprint.json`.")
     digest: str = Field(description="Of the weights and the model config: two trials are soupable only when this is equal.")
+    body: str = Field(
+        "", description="Digest of the body alone, where the head stays frozen: bodies under it may be borrowed. Empty: it is trained."
+    )

@@ -52,6 +52,14 @@ class RetrainRequest(Closed):
         return self
 
     @model_validator(mode="after")
+    def _bodies_are_borrowed_under_a_frozen_head(self) -> Self:
+        if self.soup.bodies_of and not self.init.freeze_head:
+            raise ValueError("`soup.bodies_of` borrows bodies, which fit a head that nobody trains; write `init.freeze_head: true`")
+        if self.model in self.soup.bodies_of:
+            raise ValueError(f"`soup.bodies_of` names {self.model} itself, whose own ingredients join by `soup.earlier`")
+        return self
+
+    @model_validator(mode="after")
     def _tokens_are_no_pixels(self) -> Self:
         if self.base.arch.startswith(TEXT_PREFIX) and (self.base.preprocess or self.release.torch_export):
             field = "base.preprocess" if self.base.preprocess else "release.torch_export"

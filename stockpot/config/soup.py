@@ -1,10 +1,11 @@
 """How ingredients become a soup."""
 
-from typing import Literal, Self
+from operator import not_
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stockpot.fields import Closed, Fraction, Metric
+from stockpot.fields import NAME, Closed, Fraction, Metric
 
 
 class MixingSpec(Closed):
@@ -57,6 +58,13 @@ class SoupSpec(Closed):
         le=1000,
         description="How many ingredients of earlier sweeps of this model may join, the best on their own held_out first, if they started "
         "from the same init. They are scored on this sweep's held_out, at one evaluation each.",
+    )
+    bodies_of: dict[Annotated[str, Field(pattern=NAME)], Annotated[int, Field(ge=1, le=1000)]] = Field(
+        default_factory=dict,
+        exclude_if=not_,  # the id of a sweep that borrows nothing is what it was before there was this field
+        description="Other models, by name, and how many ingredients of each may join, the best on their own held_out first, as in the "
+        "paper's soups across datasets: their bodies, under this sweep's head. Both sides need `init.freeze_head`, the same base model and "
+        "equally prepared inputs. Each is scored on this sweep's held_out, at one evaluation, and left out if it was trained on any of it.",
     )
     champion: bool = Field(
         False,

@@ -55,6 +55,7 @@ def open_sweep(sweep: Sweep, flow_run_id: str | None = None, flow_run_page: str 
         found = find_run(sweep.request.model, "sweep", sweep.id)
         run = found or create_run(sweep.request.model, f"sweep {sweep.id}", {"stockpot.kind": "sweep", "stockpot.sweep": sweep.id})
         tags = {"stockpot.init": sweep.init.digest, "stockpot.trials": str(len(sweep.trials)), **flow_tags(flow_run_id, flow_run_page)}
+        tags |= {f"stockpot.lender.{model}": str(most) for model, most in sweep.request.soup.bodies_of.items()}
         enough = _standing(run, sweep)
         tags["mlflow.note.content"] = _note(flow_run_page or "", enough.reason if enough else "")
         mlflow_run_id = str(run.info.run_id)

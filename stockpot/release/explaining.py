@@ -153,8 +153,9 @@ def _made_of(report: SoupReport) -> str:
 def _name(report: SoupReport, point: TrialPoint) -> str:
     if report.champion and point.trial_id == report.champion.ingredient_id:
         return f"champion   {point.trial_id}, which was version {report.champion.version}"
-    origin = report.origins.get(point.trial_id)
-    return f"trial {point.index:3d}  {point.trial_id}" + (f" of sweep {origin}" if origin else "")
+    origin, borrowed = report.origins.get(point.trial_id), report.borrowed.get(point.trial_id)
+    lender = f" of {borrowed.model}, its body under this init's head" if borrowed else ""
+    return f"trial {point.index:3d}  {point.trial_id}" + (f" of sweep {origin}{lender}" if origin else "")
 
 
 def _gate(version: ModelVersion) -> str:

@@ -1,10 +1,11 @@
 """Retention: which stored weights nothing needs any more. `mlflow gc` alone would also delete the bytes under a registered version.
 
 Kept, whatever else: the soup of every registered version, under any model's name; the ingredients of every version with an alias
-(champion, challenger, previous, and a person's own), also an earlier champion among them; the best `keep_top` trials of every sweep; every
-trial of a sweep that runs, waits to be cooked or registered, or is being cooked, what it may borrow from earlier sweeps, and its soup;
-everything younger than `min_age_h`. Inits lie in object storage and are never touched. The rest are ingredients of versions without an
-alias, which then serve as before and can no longer be rebuilt, ingredients in no version, and soups that no report names any more.
+(champion, challenger, previous, and a person's own), also an earlier champion among them, and what other models' such versions borrowed;
+the best `keep_top` trials of every sweep; every trial of a sweep that runs, waits to be cooked or registered, or is being cooked, what it
+may borrow from earlier sweeps and other models, and its soup; everything younger than `min_age_h`. Inits lie in object storage and are
+never touched. The rest are ingredients of versions without an alias, which then serve as before and can no longer be rebuilt, ingredients
+in no version, and soups that no report names any more.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from stockpot.config import Sweep
 from stockpot.errors import SweepMissing
 from stockpot.fields import Closed
 from stockpot.ledger import registry, stored, tracking
+from stockpot.ledger.lending import find_borrowers, find_loans
 from stockpot.ledger.stored import Kind
 from stockpot.outcomes import Accuracy
 
@@ -92,6 +94,19 @@ def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
             soups.add(report.model_id)
         best = sorted(finished, key=lambda one: (-one.held_out.correct, one.trial_id))
         trials |= {one.trial_id for one in best[:keep_top]}
-    for number in registry.aliases(model).values():
-        trials |= set(registry.read_tags(registry.read_version(model, number)).get("stockpot.ingredients", "").split(","))
-    return trials, soups
+    for version in registry.list_versions():  # of other models too: they may have borrowed
+        if version.aliases:
+            tags = registry.read_tags(registry.read_version(version.model, version.version))
+            trials |= set(tags.get("stockpot.ingredients", "").split(","))
+    return trials | _lendable(model), soups
+
+
+def _lendable(model: str) -> set[str]:
+    """Ids of ingredients that other models' sweeps may borrow, or have borrowed for a soup that is not registered yet."""
+    trials = set[str]()
+    for sweep in find_borrowers(model):
+        report = tracking.read_report(sweep.id)
+        if report is None or registry.find_version(report.model, report.soup_sha256) is None:
+            trials |= {loan.ingredient.trial_id for loan in find_loans(sweep.request.soup, sweep.init)[model]}
+            trials |= set(report.borrowed if report else ())
+    return trials

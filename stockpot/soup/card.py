@@ -146,7 +146,14 @@ def identity(report: SoupReport) -> dict[str, str]:
         "evaluation transform": report.transform_digest,
         "sweep": report.sweep_id,
         "ingredients": ", ".join(report.ingredients),
-        "of earlier sweeps": ", ".join(f"{trial} ({report.origins[trial]})" for trial in report.ingredients if trial in report.origins),
+        "of earlier sweeps": ", ".join(
+            f"{trial} ({report.origins[trial]})" for trial in report.ingredients if trial in report.origins.keys() - report.borrowed.keys()
+        ),
+        "bodies of other models": ", ".join(
+            f"{trial} ({report.borrowed[trial].model}, sweep {report.origins[trial]})"
+            for trial in report.ingredients
+            if trial in report.borrowed
+        ),
         "champion that joined": f"{champion.ingredient_id}, version {champion.version}" if champion else "",
         "share of the soup, the rest is the init": "" if report.alpha is None else f"{report.alpha:g}",
         "BatchNorm": f"statistics estimated on {report.batch_norm_samples} training samples" if report.batch_norm_samples else "",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stockpot.checkpoints import load_weights, save_weights
@@ -18,8 +19,8 @@ from stockpot.evaluation import accuracy
 from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.models.classifier import ModelConfig
-from stockpot.outcomes import Ingredient, ModelVersion
-from stockpot.soup.recipes.averaging import first_non_finite
+from stockpot.outcomes import Borrowed, Ingredient, ModelVersion
+from stockpot.soup.recipes.averaging import first_non_finite, read_tensor
 from stockpot.soup.recipes.weights import Weights, difference, open_weights
 from stockpot.training import inits
 
@@ -52,7 +53,9 @@ class Pool:
     excluded: dict[str, str]
     """Trial id to the reason."""
     origins: dict[str, str] = field(default_factory=dict)
-    """Candidates from elsewhere, earlier sweeps and the champion, to the sweep each came from."""
+    """Candidates from elsewhere, earlier sweeps, other models and the champion, to the sweep each came from."""
+    borrowed: dict[str, Borrowed] = field(default_factory=dict)
+    """Those of other models."""
     champion: ModelVersion | None = None
     """The version that joined."""
     minimum: int = 1
@@ -113,6 +116,7 @@ def gather(ingredients: list[Ingredient], init: Init, folder: Path, *, origins: 
                 if isinstance(candidate, str):
                     raise IngredientMismatch(candidate)
                 require_alike(candidate.weights, candidate.config, start, config)
+                require_head(candidate.weights, config, start)
                 candidates[ingredient.trial_id] = candidate
             except IngredientMismatch as error:
                 excluded[ingredient.trial_id] = str(error)
@@ -188,6 +192,14 @@ def require_alike(weights: Weights, config: ModelConfig, start: Weights, started
     if found:
         weights.close()
         raise IngredientMismatch(f"It does not fit the init it says it started from: {found}.")
+
+
+def require_head(weights: Weights, config: ModelConfig, start: Weights) -> None:
+    """Raises `IngredientMismatch` where the init's head is frozen and this is another: only under one head bodies are borrowed."""
+    for name in ("head.weight", "head.bias") if config.frozen_head else ():
+        if not torch.equal(read_tensor(weights, name), read_tensor(start, name)):
+            weights.close()
+            raise IngredientMismatch(f"Its `{name}` is not the init's, whose head is frozen; run its trial again.")
 
 
 def _enough(pool: Pool) -> Pool:

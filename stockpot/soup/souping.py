@@ -22,6 +22,7 @@ from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture, table
+from stockpot.soup.borrowing import with_loans
 from stockpot.soup.comparing import Comparison, compare
 from stockpot.soup.dishes import shipped
 from stockpot.soup.kitchen import Dish, Kitchen
@@ -64,6 +65,7 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | 
             kitchen.pool = pool = joining.rescored(pool, kitchen, sweep)
             if sweep.request.soup.champion:
                 kitchen.pool = pool = joining.with_champion(pool, kitchen, sweep, folder / "champion")
+            kitchen.pool = pool = with_loans(pool, kitchen, sweep, folder / "loans")
             kitchen.pool = pool = _trusted(pool, kitchen)
             for trial in pool.candidates if kitchen.settling else ():
                 kitchen.pool = pool = kitchen.rescored(pool, trial)
@@ -135,6 +137,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         trials=_points(kitchen, recipes["greedy"]),
         excluded=pool.excluded,
         origins=pool.origins,
+        borrowed=pool.borrowed,
         champion=pool.champion,
         marginal=_marginal(sweep, kitchen) if "marginal" in sweep.request.soup.compare else (),
         versions=versions(),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import SoupReport
+from stockpot.soup.borrowing import borrow_again
 from stockpot.soup.rebuilding import FROM_INIT
 from stockpot.soup.recipes.streaming import average_streamed
 from stockpot.soup.recipes.weights import Weights, open_weights
@@ -37,7 +38,7 @@ def is_plain_mean(report: SoupReport) -> bool:
 
 
 def sources(report: SoupReport) -> dict[str, Source]:
-    """Where a soup's ingredients lie, as far as the ledger still has them. One listing, however many they are."""
+    """Where a soup's ingredients lie, as far as the ledger still has them. One listing, however many they are, but for borrowed ones."""
     known, champion = tracking.ingredients_of(report.model, report.init_digest), report.champion
     found = {
         trial: Source(trial, known[trial].weights_sha256, partial(tracking.fetch_ingredient, known[trial]))
@@ -47,6 +48,9 @@ def sources(report: SoupReport) -> dict[str, Source]:
     if champion and champion.ingredient_id in report.ingredients and registry.find_soup(champion.model, champion.soup_sha256):
         fetch = partial(registry.fetch_soup, champion.model, champion.soup_sha256)
         found[champion.ingredient_id] = Source(champion.ingredient_id, champion.soup_sha256, fetch)
+    for trial in report.borrowed.keys() & set(report.ingredients):
+        if lent := tracking.find_ingredient(report.borrowed[trial].model, trial):
+            found[trial] = Source(trial, report.borrowed[trial].weights_sha256, partial(borrow_again, lent, report))
     return found
 
 

@@ -21,6 +21,7 @@ from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.digests import canonical, digest, file_digest
 from stockpot.errors import ModelError, ObjectExists, ObjectMissing
 from stockpot.models.bases import Base, load_base
+from stockpot.models.bodies import body_digest
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.folders import FILES, read_model, write_model
 from stockpot.models.loading import load_state
@@ -44,7 +45,8 @@ def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str
     with TemporaryDirectory(prefix="stockpot-init-") as name:
         folder = Path(name)
         identity = digest([write_model(folder, classifier), classifier.config])
-        init = Init(uri=f"{root}/{identity[:12]}", digest=identity)
+        body = body_digest(classifier) if spec.freeze_head else ""
+        init = Init(uri=f"{root}/{identity[:12]}", digest=identity, body=body)
         for file in FILES:
             storage.upload(folder / file, f"{init.uri}/{file}")
     try:

@@ -1,0 +1,49 @@
+"""What other models' experiments have to lend: ingredients whose bodies a soup of this model may borrow (`stockpot.soup.borrowing`)."""
+
+from typing import NamedTuple
+
+from stockpot.config import Init, SoupSpec, Sweep
+from stockpot.ledger import tracking
+from stockpot.ledger.connection import asking, client, search_runs
+from stockpot.outcomes import Ingredient
+
+
+class Loan(NamedTuple):
+    """An ingredient of another model."""
+
+    ingredient: Ingredient
+    sweep: Sweep
+    """That it was trained for."""
+
+    def unfit(self, init: Init, transform_digest: str) -> str | None:
+        """Why its body is none for a soup from this init, of inputs prepared so; None when it is one."""
+        theirs = self.sweep.init.body
+        if not theirs:
+            return f"The heads of sweep {self.sweep.id} were trained, so its bodies fit no other head; a lender needs `init.freeze_head`."
+        if self.ingredient.transform_digest != transform_digest:
+            return f"Its inputs are prepared another way ({self.ingredient.transform_digest}, the sweep's is {transform_digest})."
+        if theirs != init.body:
+            return f"It started from body {theirs[:12]}, the sweep's is {init.body[:12] or 'not known'}: only one body averages."
+        return None
+
+
+def find_loans(soup: SoupSpec, init: Init) -> dict[str, list[Loan]]:
+    """Every model that the recipe borrows of, to the best so many of its ingredients on their own held_out, those with this body first."""
+    return {model: _offers(model, init.body)[:most] for model, most in sorted(soup.bodies_of.items())}
+
+
+def find_borrowers(model: str) -> list[Sweep]:
+    """Sweeps of other models that name this one to borrow of."""
+    with asking():
+        everywhere = [one.experiment_id for one in client().search_experiments()]
+        condition = f"tags.`stockpot.kind` = 'sweep' and tags.`stockpot.lender.{model}` LIKE '%'"
+        runs = search_runs(everywhere, condition, "attributes.start_time")
+    return [tracking.read_sweep(run.data.tags["stockpot.sweep"]) for run in runs]
+
+
+def _offers(model: str, body: str) -> list[Loan]:
+    sweeps = [tracking.read_sweep(one.sweep_id) for one in tracking.list_sweeps(model)]
+    offers = {one.trial_id: Loan(one, sweep) for sweep in sweeps for one in tracking.find_ingredients(sweep)}
+    return sorted(
+        offers.values(), key=lambda loan: (loan.sweep.init.body != body, -loan.ingredient.held_out.value, loan.ingredient.trial_id)
+    )
