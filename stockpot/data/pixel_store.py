@@ -12,14 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import PIL
-import simplejpeg
-import torchvision
 from numpy.typing import NDArray
 
 from stockpot.data.images import Undecodable
 from stockpot.data.node_cache import NodeCache, locked, written
-from stockpot.data.preparing import prepare, transform_digest
+from stockpot.data.preparing import DECODERS, prepare, transform_digest
 from stockpot.data.snapshots import Snapshot
 from stockpot.digests import short
 from stockpot.errors import SkipBudgetExceeded, SnapshotBroken
@@ -57,8 +54,7 @@ def pixels(snapshot: Snapshot, split: str, preprocess: Preparation) -> Pixels:
 
 def _folder(snapshot: Snapshot, split: str, preprocess: Preparation, rows: NDArray[np.void]) -> Path:
     """The folder of this split on this node, built under a lock if need be."""
-    versions = [torchvision.__version__, PIL.__version__, simplejpeg.__version__]
-    identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), versions])}"
+    identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), DECODERS])}"
     cache = NodeCache()
     folder = cache.root / "pixels" / identity
     if _whole(folder):

@@ -4,6 +4,9 @@ import hashlib
 from collections.abc import Callable
 
 import numpy as np
+import PIL
+import simplejpeg
+import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from stockpot.preparation import Preparation, Tokens
 
 DECODING = 1
 """Number of the rules in `images` and `tokens`; part of every transform digest."""
+
+DECODERS = (torchvision.__version__, PIL.__version__, simplejpeg.__version__)
+"""Versions of what decodes and resizes: what a node keeps of other ones is made again."""
 
 Augment = Callable[[Tensor, int], Tensor]
 """(what was decoded, seed of this sample in this epoch) to the input: an image to uint8 3SS, tokens to int32 (length,)."""

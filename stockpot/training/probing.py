@@ -20,14 +20,13 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from stockpot.data.feature_store import PIECE, Piece, Rows, stored_rows
+from stockpot.data.preparing import DECODERS
 from stockpot.data.shards import Reading, TrainReader, transform_digest
 from stockpot.data.snapshots import Snapshot
 from stockpot.devices import claimed_gpus
@@ -160,15 +159,7 @@ def _features(model: Classifier, snapshot: Snapshot, read: Callable[[], TrainRea
     preprocess = model.config.preprocess
     told_PD = features(model, probes(preprocess), preprocess, device=device)
     told = hashlib.sha256(told_PD.numpy().tobytes()).hexdigest()
-    decided_by = [
-        snapshot.digest,
-        "train",
-        body_digest(model),
-        told,
-        transform_digest(preprocess),
-        torchvision.__version__,
-        PIL.__version__,
-    ]
+    decided_by = [snapshot.digest, "train", body_digest(model), told, transform_digest(preprocess), DECODERS]
     shape = (snapshot.counts["train"], model.head.in_features)
     try:
         return stored_rows(f"{snapshot.digest[:12]}-{short(decided_by)}", shape, lambda first: _pieces(model, read(), device, say, first))
