@@ -1,5 +1,5 @@
 #!/bin/sh
-# A Prefect process worker in a container: `worker.sh control` without a limit, `worker.sh gpu` with one trial per visible GPU.
+# A Prefect process worker in a container, whose trials save their state when it is stopped: `worker.sh control` without a limit, `worker.sh gpu` with one trial per visible GPU.
 set -eu
 pool=$1
 set -- --pool "$pool" --type process --with-healthcheck --install-policy never --base-job-template deployments/pools/process.json
@@ -9,4 +9,4 @@ if [ "$pool" = gpu ]; then
     [ "$gpus" -gt 0 ] || gpus=1
     set -- "$@" --limit "$gpus"
 fi
-exec prefect worker start "$@"
+exec python -m deployments.worker "$@"

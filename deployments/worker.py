@@ -1,0 +1,46 @@
+"""A Prefect worker whose flow runs leave before it does: `python -m deployments.worker` takes the options of `prefect worker start`.
+
+At SIGTERM Prefect's own (3.8.8) kills the processes of its flow runs as it goes, and a trial is gone before its state is saved. The signal
+must reach this process alone, as from Docker and Kubernetes; under systemd with `KillMode=mixed`.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+
+GRACE_S = 45.0
+"""How long flow runs may take to leave; less than the minute their container has."""
+
+
+def leave(worker: psutil.Process, grace_s: float = GRACE_S) -> None:
+    """End a worker: its flow runs first, each told by SIGTERM and waited for, then the worker itself."""
+    flow_runs = worker.children()  # not theirs: a trial's loaders and ranks leave with it
+    for one in flow_runs:
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    end = time.monotonic() + grace_s
+    while any(map(_lives, flow_runs)) and time.monotonic() < end:
+        time.sleep(0.1)
+    worker.terminate()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def main(command: list[str]) -> int:
+    """Run the worker until it ends; returns its exit code."""
+    worker = subprocess.Popen(command, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: leave(psutil.Process(worker.pid)))
+    return worker.wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main([sys.executable, "-m", "prefect", "worker", "start", *sys.argv[1:]]))

@@ -1,0 +1,38 @@
+"""Promise: a worker that is told to go lets its flow runs leave first, though by itself it would kill them on its way."""
+
+import signal
+import subprocess
+import sys
+import time
+
+FLOW_RUN = """
+import pathlib, signal, sys, time
+def leave(number, frame):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[1], "saved").write_text("state")
+    raise SystemExit(143)
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path(sys.argv[1], "running").touch()
+time.sleep(60)
+"""
+WORKER = """
+import signal, subprocess, sys
+flow_run = subprocess.Popen([sys.executable, *sys.argv[1:]])
+def leave(number, frame):
+    flow_run.kill()
+    raise SystemExit(3)
+signal.signal(signal.SIGTERM, leave)
+while True:
+    signal.pause()
+"""
+SUPERVISED = "import sys; from deployments.worker import main; raise SystemExit(main(sys.argv[1:]))"
+
+
+def test_flow_runs_leave_before_the_worker(tmp_path):
+    command = [sys.executable, "-c", WORKER, "-c", FLOW_RUN, str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", SUPERVISED, *command]) as supervised:
+        while not (tmp_path / "running").exists():
+            time.sleep(0.02)
+        supervised.send_signal(signal.SIGTERM)
+        assert supervised.wait(30) == 3
+    assert (tmp_path / "saved").read_text() == "state"
