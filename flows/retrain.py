@@ -16,6 +16,7 @@ from prefect.states import Completed
 from stockpot.config import RetrainRequest, Sweep, Trial
 from stockpot.errors import SoupFailed, StockpotError, TooFewIngredients
 from tasks.dispatching import Job, cancel_runs, run_to_end, unfinished_runs
+from tasks.finetuning import trial_progress
 from tasks.planning import close_sweep, end_cancelled_sweep, finished_trials, open_sweep, pin_data, prepare_init
 from tasks.policies import stated_failure
 from tasks.showing import show_sweep, sweep_progress
@@ -60,6 +61,8 @@ async def run_trials(sweep: Sweep) -> str:
         outcomes = await run_to_end(
             [_job(sweep, trial) for trial in sweep.trials if trial.id not in before],
             attempts=fan_out.attempts,
+            starts=fan_out.starts,
+            progress=trial_progress,
             retry_delay_s=fan_out.retry_delay_s,
             deadline_s=fan_out.deadline_s,
             on_change=await sweep_progress(sweep, len(before)),

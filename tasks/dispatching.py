@@ -1,8 +1,8 @@
 """Fan-out: one deployment flow run per job, one batched polling loop for all of them, retries with a delay.
 
-Facts it rests on (Prefect 3.8.8): an idempotency key returns the existing run in whatever state, so a retried parent meets its
-own children again; a crash is not covered by `retries=`, and an instant retry can kill the worker, so the next attempt is
-scheduled in the future; waiting per child opens one websocket each, so all are read in one call.
+Facts it rests on (Prefect 3.8.8): an idempotency key returns the existing run in whatever state, so parents that ask for "the run of this
+job after that one" at once, or again, get one run; a crash is not covered by `retries=`, and an instant retry can kill the worker, so the
+next attempt is scheduled in the future; waiting per child opens one websocket each, so all are read in one call.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import get_run_logger, runtime
+from prefect import get_run_logger
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -60,6 +60,19 @@ class Job:
     """Further tags, shared with its kind."""
 
 
+@dataclass(frozen=True)
+class Retries:
+    """When a job whose run crashed, or failed unexpectedly, is started again."""
+
+    attempts: int
+    """How many of its runs may end without having got further."""
+    delay_s: float
+    starts: int
+    """How many runs it may have in all."""
+    progress: Callable[[Job], Awaitable[int]] | None
+    """How far a job's runs have come together, in whatever unit; None: no run is known to get further."""
+
+
 @dataclass
 class Outcome:
     """How a job stands: `state` is open, finished, failed, late or not needed, and `reason` what its run said of that."""
@@ -67,7 +80,13 @@ class Outcome:
     job: Job
     flow_run_id: UUID | None = None
     """None before it is dispatched, and for ever where it is not needed."""
+    after: UUID | None = None
+    """The last run of this job that had ended when its parent looked around."""
     attempt: int = 1
+    """Runs it has had, this one included."""
+    fruitless: int = 0
+    """Of these, how many ended without having got further than those before."""
+    progress: int = 0
     state: str = "open"
     reason: str = ""
     picked_up: bool = False
@@ -78,20 +97,23 @@ async def run_to_end(
     *,
     attempts: int,
     retry_delay_s: float,
+    starts: int = 100,
+    progress: Callable[[Job], Awaitable[int]] | None = None,
     deadline_s: float | None = None,
     on_change: Callable[[list[Outcome]], Awaitable[None]] | None = None,
     enough: Callable[[list[Outcome]], Awaitable[str | None]] | None = None,
 ) -> list[Outcome]:
     """Dispatch every job from the current flow run and wait until each has finished, failed for good, or the deadline has passed.
 
-    A crashed or unexpectedly failed run is started again after `retry_delay_s`, up to `attempts` times in all; a stated failure
-    (a failed state with a name of its own) and a cancelled run are final. At the deadline what still runs is cancelled and
-    counted as late. `on_change` is awaited with all outcomes once they are dispatched and whenever one of them changed; `enough` before
-    anything is dispatched and then likewise: when it gives a reason, jobs that no worker has taken are not needed, and those that one has
-    are seen through.
+    A crashed or unexpectedly failed run is started again after `retry_delay_s`, until `attempts` runs have ended without getting further
+    (by `progress`, see `Retries`) or it was started `starts` times; a stated failure (a failed state with a name of its own) and a run
+    cancelled here or by hand are final. At the deadline what still runs is cancelled and counted as late. `on_change` is awaited with all
+    outcomes once they are dispatched and whenever one of them changed; `enough` before anything is dispatched and then likewise: when it
+    gives a reason, jobs that no worker has taken are not needed, and those that one has are seen through.
     """
     started = time.monotonic()
     told = False
+    retries = Retries(attempts, retry_delay_s, starts, progress)
     async with get_client() as client:
         jobs = tuple(jobs)
         left = await _patiently(lambda: _left_behind(client, jobs))
@@ -99,14 +121,14 @@ async def run_to_end(
         await _spare(client, outcomes, enough)
         for one in outcomes:
             if one.state == "open" and one.flow_run_id is None:
-                one.flow_run_id = (await _submit(one.job, 1)).id
+                one.flow_run_id = (await _submit(one.job, 1, one.after)).id
         if on_change:
             await _patiently(lambda: on_change(outcomes))
         while waiting := [one for one in outcomes if one.state == "open"]:
             waited_s = time.monotonic() - started
             if deadline_s is not None and waited_s > deadline_s:
                 await _give_up(client, waiting, f"not finished within the deadline of {deadline_s:g} s")
-            elif not await _step(client, outcomes, attempts, retry_delay_s):
+            elif not await _step(client, outcomes, retries):
                 told = told or _nobody_came(outcomes, waited_s)
                 await asyncio.sleep(min(10.0, 1.0 + len(waiting) / 50))
                 continue
@@ -126,7 +148,11 @@ async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
 
 async def unfinished_runs(client: PrefectClient, *tags: str) -> list[FlowRun]:
     """Every flow run with one of these tags that has not ended."""
-    query = FlowRunFilter(tags=FlowRunFilterTags(any_=list(tags)), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
+    return await _pages(client, FlowRunFilter(tags=FlowRunFilterTags(any_=list(tags)), state=state))
+
+
+async def _pages(client: PrefectClient, query: FlowRunFilter) -> list[FlowRun]:
     runs: list[FlowRun] = []
     while page := await client.read_flow_runs(flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(runs)):
         runs += page
@@ -134,14 +160,17 @@ async def unfinished_runs(client: PrefectClient, *tags: str) -> list[FlowRun]:
 
 
 async def _left_behind(client: PrefectClient, jobs: tuple[Job, ...]) -> dict[str, FlowRun]:
-    """Runs of these jobs that an earlier parent started and that still go on, by tag: they are waited for, not doubled."""
+    """The latest run of each of these jobs, whichever parent started it, by tag. One that still goes on is waited for, not doubled."""
     wanted = {job.tag for job in jobs}
-    runs = await unfinished_runs(client, *wanted) if wanted else []
-    return {tag: run for run in runs for tag in wanted & set(run.tags) if run.state_type != StateType.CANCELLING}
+    runs = await _pages(client, FlowRunFilter(tags=FlowRunFilterTags(any_=list(wanted)))) if wanted else []
+    in_order = sorted(runs, key=lambda run: (run.state_type in _UNFINISHED, run.created or datetime.min.replace(tzinfo=UTC)))
+    return {tag: run for run in in_order for tag in wanted & set(run.tags)}
 
 
 def _adopted(job: Job, run: FlowRun | None) -> Outcome:
-    return Outcome(job, run.id, picked_up=run.state_type != StateType.SCHEDULED) if run else Outcome(job)
+    if run is None or run.state_type not in _UNFINISHED or run.state_type == StateType.CANCELLING:
+        return Outcome(job, after=run.id if run else None)
+    return Outcome(job, run.id, picked_up=run.state_type != StateType.SCHEDULED)
 
 
 async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callable[[list[Outcome]], Awaitable[str | None]] | None) -> None:
@@ -159,7 +188,8 @@ async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callabl
         one.state, one.reason = "not needed", reason
 
 
-async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
+async def _submit(job: Job, attempt: int, after: UUID | None, delay_s: float = 0) -> FlowRun:
+    """The run of this job that follows `after`: made now, unless it is there, because another parent of the same job asked for it too."""
     try:
         when = datetime.now(UTC) + timedelta(seconds=delay_s)
         return await _patiently(
@@ -169,7 +199,7 @@ async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
                 scheduled_time=when,
                 flow_run_name=job.name if attempt == 1 else f"{job.name}-attempt-{attempt}",
                 tags=[job.tag, *job.tags],
-                idempotency_key=f"{runtime.flow_run.id}:{runtime.flow_run.run_count}:{job.key}:{attempt}",
+                idempotency_key=f"{job.tag}:{after or 'first'}",
                 timeout=0,
             )
         )
@@ -179,7 +209,7 @@ async def _submit(job: Job, attempt: int, delay_s: float = 0) -> FlowRun:
         ) from error
 
 
-async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, retry_delay_s: float) -> bool:
+async def _step(client: PrefectClient, outcomes: list[Outcome], retries: Retries) -> bool:
     waiting = {one.flow_run_id: one for one in outcomes if one.state == "open" and one.flow_run_id}
     changed = False
     runs = await _read(client, list(waiting))
@@ -196,17 +226,28 @@ async def _step(client: PrefectClient, outcomes: list[Outcome], attempts: int, r
             one.state, one.reason = "finished", run.state.message or ""
             continue
         one.reason = run.state.message or run.state.name or "no reason given"
-        if run.state.is_cancelled() or (run.state.is_failed() and run.state.name != "Failed"):
+        elsewhere = run.state.is_cancelled() and not set(one.job.tags) <= set(run.tags)  # by the other parent, whose run it was
+        if not elsewhere and (run.state.is_cancelled() or (run.state.is_failed() and run.state.name != "Failed")):
             one.state = "failed"
-        elif one.attempt >= attempts:
-            one.state, one.reason = "failed", f"{one.reason} (attempt {one.attempt} of {attempts})"
         else:
-            get_run_logger().warning(
-                "%s: %s Attempt %d of %d starts in %g s.", one.job.name, one.reason, one.attempt + 1, attempts, retry_delay_s
-            )
-            one.flow_run_id = (await _submit(one.job, one.attempt + 1, retry_delay_s)).id
-            one.attempt += 1
+            await _start_again(one, run, retries)
     return changed
+
+
+async def _start_again(one: Outcome, ended: FlowRun, retries: Retries) -> None:
+    """The job's next run, or its end: a run that got further, as one that was preempted or had its time did, is held against nobody."""
+    before, one.progress = one.progress, max(one.progress, await retries.progress(one.job) if retries.progress else 0)
+    one.fruitless += one.progress <= before
+    if one.fruitless >= retries.attempts or one.attempt >= retries.starts:
+        counted = f"attempt {one.fruitless} of {retries.attempts}" if one.fruitless >= retries.attempts else f"started {one.attempt} times"
+        one.state, one.reason = "failed", f"{one.reason} ({counted})"
+        return
+    get_run_logger().warning(
+        "%s: %s Attempt %d starts in %g s; %d of %d ended without getting further.",
+        *(one.job.name, one.reason, one.attempt + 1, retries.delay_s, one.fruitless, retries.attempts),
+    )
+    one.flow_run_id = (await _submit(one.job, one.attempt + 1, ended.id, retries.delay_s)).id
+    one.attempt += 1
 
 
 async def _read(client: PrefectClient, ids: list[UUID]) -> list[FlowRun]:

@@ -1,10 +1,14 @@
-"""The task that runs one trial on this worker's device."""
+"""One trial: run on this worker's device, and, for whoever waits for it, how far it has come."""
+
+import asyncio
 
 from prefect import get_run_logger, runtime, task
 
 from stockpot.config import Trial
 from stockpot.devices import claimed_gpus
+from stockpot.errors import Transient
 from stockpot.outcomes import Ingredient
+from tasks.dispatching import Job
 
 
 @task(name="trial", task_run_name="{trial.id}")
@@ -14,3 +18,14 @@ def finetune_trial(trial: Trial, attempt: int) -> Ingredient:
         from stockpot.training.trials import run_trial
 
         return run_trial(trial, flow_run_id=runtime.flow_run.id, attempt=attempt, say=get_run_logger().info)
+
+
+async def trial_progress(job: Job) -> int:
+    """How far the trial of a job has come; 0 while the store does not answer. No task: it is asked once for every run that ended early."""
+    from stockpot.training import journal
+
+    try:
+        return await asyncio.to_thread(journal.progress, Trial.model_validate(job.parameters["trial"]))
+    except Transient as error:
+        get_run_logger().warning("%s: how far it got cannot be told (%s); this start counts as an attempt.", job.name, error)
+        return 0

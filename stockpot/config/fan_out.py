@@ -34,8 +34,12 @@ class FanOutSpec(Closed):
         3,
         ge=1,
         le=20,
-        description="How often a trial is started before it counts as failed. A trial that fails by its own fault (bad numbers, bad data) "
-        "is not started again.",
+        description="How many of a trial's starts may end without having got further (by its training states) before it counts as failed: "
+        "a preemption, or the end of `budget_s`, is held against no trial that moved on. One that fails by its own fault (bad numbers, bad "
+        "data) is not started again.",
+    )
+    starts: int = Field(
+        100, ge=1, le=10_000, description="How often a trial is started at the most, those starts included after which it had got further."
     )
     state_interval_s: int = Field(
         300,
@@ -54,7 +58,7 @@ class FanOutSpec(Closed):
         None,
         ge=1,
         description="Seconds after which an attempt saves its training state and ends, for the next attempt to go on from there, as on a "
-        "node that is lent by the hour. Each counts as one of `attempts`. None: no limit.",
+        "node that is lent by the hour. None: no limit.",
     )
     stop: StopSpec | None = Field(
         None,

@@ -5,12 +5,13 @@ A real Prefect server and its real API; the worker is played by the test, which 
 """
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from prefect import flow, runtime
+from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running
 
 from stockpot.errors import BadRequest
@@ -32,13 +33,13 @@ def jobs(*numbers, sweep):
     return [Job(f"{sweep}-{n}", "nothing/here", {"number": n}, f"job-{n}", f"trial:{sweep}-{n}", (f"sweep:{sweep}",)) for n in numbers]
 
 
-async def play(sweep, script):
+async def play(sweep, script, also="nothing"):
     """Act as the worker: for each attempt of a job that appears, report the next state of its script."""
     scripts, seen = {name: list(states) for name, states in script.items()}, set()
     delays = []
     async with get_client() as client:
         while any(scripts.values()):
-            for run in await unfinished_runs(client, f"sweep:{sweep}"):
+            for run in await unfinished_runs(client, f"sweep:{sweep}", also):
                 left = scripts.get(run.name.split("-attempt")[0])
                 if run.id not in seen and left:
                     seen.add(run.id)
@@ -67,11 +68,49 @@ def test_a_crash_is_tried_again_after_the_delay(server):
     assert dict(delays)["job-1-attempt-2"] > 2
 
 
-def test_attempts_end(server):
-    outcomes, _ = asyncio.run(run("again", {"job-1": [Crashed(message="exit code -9")] * 3}))
-    assert (outcomes["job-1"].state, outcomes["job-1"].attempt) == ("failed", 3)
-    assert "exit code -9" in outcomes["job-1"].reason
-    assert "attempt 3 of 3" in outcomes["job-1"].reason
+def test_attempts_end_where_nothing_got_further_and_starts_wherever(server):
+    """Job 1 gets further in its first run alone, job 2 in every one."""
+    came = {"job-1": iter([7, 7, 7]), "job-2": iter([1, 2, 3])}
+
+    async def progress(job):
+        return next(came[job.name])
+
+    script = {name: [Crashed(message="exit code -9")] * 3 for name in came}
+    outcomes, _ = asyncio.run(run("again", script, attempts=2, starts=3, retry_delay_s=0, progress=progress))
+    assert {name: (one.state, one.attempt) for name, one in outcomes.items()} == {"job-1": ("failed", 3), "job-2": ("failed", 3)}
+    assert outcomes["job-1"].reason == "exit code -9 (attempt 2 of 2)"
+    assert outcomes["job-2"].reason == "exit code -9 (started 3 times)"
+
+
+@pytest.mark.slow
+def test_two_parents_that_ask_for_an_equal_job_at_once_share_its_runs(server):
+    """They belong to different sweeps; the run crashes once, and its successor is shared too."""
+    (one,) = jobs(1, sweep="shared")
+    wanted = [replace(one, tags=(f"sweep:shared-{number}",)) for number in (1, 2)]
+    dispatched, both = set[str](), asyncio.Event()
+
+    async def parent(job):
+        async def note(_outcomes):
+            dispatched.update(job.tags)
+            if len(dispatched) == 2:
+                both.set()
+
+        return (await run_to_end([job], attempts=3, retry_delay_s=1, on_change=note))[0]
+
+    async def worker():
+        await both.wait()
+        for state in (Crashed(message="exit code -9"), Completed(message="done")):
+            await play("shared-1", {"job-1": [state]}, also="sweep:shared-2")
+
+    async def scenario():
+        *outcomes, _ = await asyncio.gather(*(flow(parent)(job) for job in wanted), worker())
+        async with get_client() as client:
+            found = FlowRunFilter(tags=FlowRunFilterTags(all_=[one.tag]))
+            return outcomes, await client.read_flow_runs(flow_run_filter=found, sort="ID_DESC", limit=10)
+
+    outcomes, runs = asyncio.run(scenario())
+    assert [(one.state, one.reason, one.attempt) for one in outcomes] == [("finished", "done", 2)] * 2
+    assert len(runs) == 2
 
 
 def test_an_unexpected_failure_is_tried_again_but_a_stated_one_is_final(server):
@@ -105,7 +144,7 @@ def test_runs_of_an_earlier_parent_are_waited_for_not_doubled(server):
 
         @flow
         async def lost_parent():
-            await dispatching._submit(wanted[0], 1)
+            await dispatching._submit(wanted[0], 1, None)
 
         @flow
         async def next_parent():
@@ -169,7 +208,7 @@ def test_where_there_is_enough_before_nothing_is_dispatched_and_what_runs_is_wai
 
     @flow
     async def lost_parent():
-        await dispatching._submit(jobs(1, sweep="enough")[0], 1)
+        await dispatching._submit(jobs(1, sweep="enough")[0], 1, None)
 
     @flow
     async def next_parent():
@@ -191,16 +230,21 @@ def test_where_there_is_enough_before_nothing_is_dispatched_and_what_runs_is_wai
     assert [(one.job.name, one.state) for one in asyncio.run(scenario())] == [("job-1", "finished"), ("job-2", "not needed")]
 
 
-def test_a_retried_parent_meets_its_own_children(server):
-    """The same flow run submits the same job twice, as a retried parent does: one child."""
+def test_who_asks_for_the_same_run_of_a_job_gets_one_run(server):
+    """Two retrainings at once, and each again, as a retried parent does: one first run, and one after it."""
+    (wanted,) = jobs(1, sweep="twice")
 
     @flow
     async def parent():
-        (wanted,) = jobs(1, sweep="twice")
-        return [(await dispatching._submit(wanted, 1)).id for _ in range(2)], runtime.flow_run.id
+        first = {(await dispatching._submit(wanted, 1, None)).id for _ in range(2)}
+        return first | {(await dispatching._submit(wanted, 2, next(iter(first)))).id}
 
-    (first, second), _ = asyncio.run(parent())
-    assert first == second
+    async def scenario():
+        return await asyncio.gather(parent(), parent())
+
+    one, other = asyncio.run(scenario())
+    assert one == other
+    assert len(one) == 2
 
 
 def test_a_missing_deployment_is_one_sentence(server):
