@@ -218,9 +218,15 @@ def read_report(sweep_id: str) -> SoupReport | None:
 
 
 def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None, flow_run_page: str | None = None) -> str:
-    """The run a sweep's soup is recorded on, a child of the sweep's: created or reopened. Returns its id."""
+    """The run a sweep's soup is recorded on, a child of the sweep's: created or reopened. Of runs that two nodes created at once the oldest
+    stays, for both. Returns its id."""
     with asking():
-        run = find_run(model, "soup", sweep_id) or create_child(model, f"soup {sweep_id}", "soup", sweep_id, {})
+        if not find_run(model, "soup", sweep_id):
+            create_child(model, f"soup {sweep_id}", "soup", sweep_id, {})
+        run, *others = search_runs([experiment(model)], of_kind("soup", sweep_id), "attributes.start_time")
+        for other in others:
+            if other.info.status != "FINISHED":
+                client().delete_run(other.info.run_id)
         for name, value in flow_tags(flow_run_id, flow_run_page).items():
             client().set_tag(run.info.run_id, name, value)
         return str(run.info.run_id)

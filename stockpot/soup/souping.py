@@ -17,10 +17,11 @@ from torch import Tensor
 
 from stockpot.checkpoints import save_weights
 from stockpot.config import Sweep
+from stockpot.data.node_cache import cache_root, locked
 from stockpot.digests import canonical
 from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
-from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, MarginalPoint, Scores, SoupReport, TrialPoint
+from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, Ingredient, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture, table
 from stockpot.soup.borrowing import with_loans
 from stockpot.soup.comparing import Comparison, compare
@@ -46,35 +47,40 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | 
     """
     tracking.check_server()
     sweep = tracking.read_sweep(sweep_id)
-    ingredients = tracking.find_ingredients(sweep)
-    done = tracking.read_report(sweep_id)
-    # Fewer than were cooked is no news either: `stockpot prune` may have taken what the soup does not need.
-    if done and {one.trial_id for one in ingredients} <= {one.trial_id for one in done.trials} | set(done.excluded):
-        say(f"sweep {sweep_id} is cooked already: soup {done.soup_sha256[:12]}")
-        return done
+    with locked(cache_root() / "locks" / f"soup-{sweep_id}.lock"):  # whoever cooks it on this node is waited for, and has cooked it then
+        ingredients = tracking.find_ingredients(sweep)
+        done = tracking.read_report(sweep_id)
+        # Fewer than were cooked is no news either: `stockpot prune` may have taken what the soup does not need.
+        if done and {one.trial_id for one in ingredients} <= {one.trial_id for one in done.trials} | set(done.excluded):
+            say(f"sweep {sweep_id} is cooked already: soup {done.soup_sha256[:12]}")
+            return done
+        tracking.open_soup_run(sweep.request.model, sweep_id, flow_run_id, flow_run_page)
+        with TemporaryDirectory(prefix="stockpot-soup-") as scratch:
+            return _gathered(sweep, ingredients, Path(scratch), say)
+
+
+def _gathered(sweep: Sweep, ingredients: list[Ingredient], folder: Path, say: Say) -> SoupReport:
+    """Everything that may join is fetched and examined, then cooked."""
     began = time.monotonic()
-    tracking.open_soup_run(sweep.request.model, sweep_id, flow_run_id, flow_run_page)
-    with TemporaryDirectory(prefix="stockpot-soup-") as scratch:
-        folder = Path(scratch)
-        earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier)
-        origins = {one.trial_id: origin for one, origin in earlier}
-        everything, minimum = [*ingredients, *[one for one, _ in earlier]], sweep.request.soup.minimum
-        pool = gather(everything, sweep.init, folder / "ingredients", origins=origins, minimum=minimum)
-        try:
-            kitchen = Kitchen(sweep, pool)
-            kitchen.pool = pool = joining.rescored(pool, kitchen, sweep)
-            if sweep.request.soup.champion:
-                kitchen.pool = pool = joining.with_champion(pool, kitchen, sweep, folder / "champion")
-            kitchen.pool = pool = with_loans(pool, kitchen, sweep, folder / "loans")
-            kitchen.pool = pool = _trusted(pool, kitchen)
-            for trial in pool.candidates if kitchen.settling else ():
-                kitchen.pool = pool = kitchen.rescored(pool, trial)
-            kitchen.pool = pool = pool.measured(kitchen.metric, kitchen.splits["held_out"].labels)
-            for trial, reason in kitchen.pool.excluded.items():
-                say(f"left out {trial}: {reason}")
-            return _cook(sweep, kitchen, folder, began, say)
-        finally:
-            pool.close()
+    earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier)
+    origins = {one.trial_id: origin for one, origin in earlier}
+    everything, minimum = [*ingredients, *[one for one, _ in earlier]], sweep.request.soup.minimum
+    pool = gather(everything, sweep.init, folder / "ingredients", origins=origins, minimum=minimum)
+    try:
+        kitchen = Kitchen(sweep, pool)
+        kitchen.pool = pool = joining.rescored(pool, kitchen, sweep)
+        if sweep.request.soup.champion:
+            kitchen.pool = pool = joining.with_champion(pool, kitchen, sweep, folder / "champion")
+        kitchen.pool = pool = with_loans(pool, kitchen, sweep, folder / "loans")
+        kitchen.pool = pool = _trusted(pool, kitchen)
+        for trial in pool.candidates if kitchen.settling else ():
+            kitchen.pool = pool = kitchen.rescored(pool, trial)
+        kitchen.pool = pool = pool.measured(kitchen.metric, kitchen.splits["held_out"].labels)
+        for trial, reason in kitchen.pool.excluded.items():
+            say(f"left out {trial}: {reason}")
+        return _cook(sweep, kitchen, folder, began, say)
+    finally:
+        pool.close()
 
 
 def _trusted(pool: Pool, kitchen: Kitchen) -> Pool:

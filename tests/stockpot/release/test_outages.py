@@ -4,6 +4,7 @@ soups are released at once, a soup becomes one version and one champion."""
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -193,3 +194,54 @@ def test_a_release_killed_between_version_and_alias_is_finished_by_the_next(grou
     assert registry.alias_version(model, "champion") == 1
     assert [line["after"] for line in champions.read_history(model)] == [1]
     assert reproduce(model).version == 1
+
+
+def released_beside_another(sweep_id: str, meeting: Path, patience_s: float, environ: dict[str, str]) -> SoupReport:
+    """A release that meets the other where nobody has found a soup run, and where nobody has stored the soup."""
+    os.environ.update(environ)
+    for module, step in ((tracking, "find_run"), (packaging, "package")):
+        setattr(module, step, meeting_after(getattr(module, step), meeting / step, patience_s))
+    release(sweep_id)
+    report = tracking.read_report(sweep_id)
+    assert report
+    return report
+
+
+def meeting_after(function: Callable[..., Any], place: Path, patience_s: float) -> Callable[..., Any]:
+    """`function`, but after its first call it waits so long for the other process to come as far."""
+
+    def call(*arguments: Any) -> Any:
+        found, mine = function(*arguments), place / str(os.getpid())
+        if not mine.exists():
+            mine.touch()
+            deadline = time.monotonic() + patience_s
+            while len(list(place.iterdir())) < 2 and time.monotonic() < deadline:
+                time.sleep(0.005)
+        return found
+
+    return call
+
+
+@pytest.mark.parametrize(("nodes", "patience_s"), [(1, 3.0), (2, 60.0)])
+def test_one_sweep_cooked_by_two_processes_at_once_is_one_soup_run_and_one_version(
+    ground: Ground, ledger: str, tmp_path: Path, nodes: int, patience_s: float
+) -> None:
+    sweep = tiny_sweep(ground, f"outages-{uuid4().hex[:8]}", 2)
+    finish_trials(ground, sweep, tmp_path)
+    for step in ("find_run", "package"):
+        (tmp_path / "meeting" / step).mkdir(parents=True)
+    environs = [{"MLFLOW_TRACKING_URI": ledger, "XDG_CACHE_HOME": str(tmp_path / f"node-{number % nodes}")} for number in range(2)]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        reports = list(pool.map(released_beside_another, [sweep.id] * 2, [tmp_path / "meeting"] * 2, [patience_s] * 2, environs))
+    met = [len(list((tmp_path / "meeting" / step).iterdir())) for step in ("find_run", "package")]
+    assert met == [nodes, nodes], "on one node the second waits until the first has cooked"
+    report = cook(sweep.id, say=[].append)
+    assert {(one.soup_sha256, one.mlflow_run_id, one.steps) for one in reports} == {
+        (report.soup_sha256, report.mlflow_run_id, report.steps)
+    }
+    (run,) = search_runs([experiment(report.model)], of_kind("soup", sweep.id), "attributes.start_time")
+    assert (run.info.run_id, run.info.status) == (report.mlflow_run_id, "FINISHED")
+    assert [found.version for found in client().search_model_versions(f"name = '{report.model}'")] == ["1"]
+    assert registry.alias_version(report.model, "champion") == 1
+    assert [line["after"] for line in champions.read_history(report.model)] == [1]
+    assert reproduce(report.model).soup_sha256 == report.soup_sha256
