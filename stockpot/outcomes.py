@@ -125,7 +125,8 @@ class ClassChange(Closed):
 class Cost(Closed):
     """What making and scoring one recipe took, beyond what was known before it."""
 
-    samples: int = Field(description="Forward passes of one sample.")
+    samples: int = Field(description="Forward passes of one sample, as many as one device alone takes.")
+    speculated: int = Field(0, description="Passes beside them, on devices that were idle, for candidates nobody asked about in the end.")
     seconds: float
     peak_bytes: int | None = Field(description="Most memory resident during it, or on a GPU allocated there; None where nobody counts it.")
 
@@ -209,7 +210,15 @@ class SoupReport(Closed):
         None, description="Training samples that BatchNorm statistics were estimated on again, everywhere here; None: they were averaged."
     )
     steps: tuple[GreedyStep, ...]
-    scores: dict[str, Scores] = Field(description="Under `best_single`, `uniform` and `greedy`, and what the request asked to compare.")
+    scores: dict[str, Scores] = Field(
+        description="Under `best_single`, `uniform` and `greedy`, and what the request asked to compare. Learned mixing has its held_out "
+        "score on the samples it was not fitted on."
+    )
+    unfitted: dict[str, Accuracy] = Field(
+        default_factory=dict,
+        description="Where learned mixing is shown: held_out accuracy of it, and of what it is compared with, on the samples that it was "
+        "not fitted on.",
+    )
     alphas: dict[str, tuple[AlphaPoint, ...]] = Field(
         default_factory=dict,
         description="`best_single`, `uniform` and `greedy` interpolated with the init, if the request asked for `wise_ft`.",
@@ -237,6 +246,13 @@ class SoupReport(Closed):
     )
     dtype: str = Field("", description="Of the shipped weights.")
     seconds: float = 0.0
+
+    def held_out(self, *names: str) -> tuple[Accuracy, ...]:
+        """Of several recipes on the same samples: all of held_out, or where one of them was fitted on some, the rest, if all are known
+        there."""
+        scores = tuple(self.scores[name].held_out for name in names)
+        alike = len({one.seen for one in scores}) == 1
+        return scores if alike else tuple(self.unfitted.get(name, one) for name, one in zip(names, scores, strict=True))
 
 
 class VersionSummary(Closed):

@@ -9,10 +9,10 @@ from stockpot.fields import NAME, Closed, Fraction, Metric
 
 
 class MixingSpec(Closed):
-    """How the learned recipes find their weights. They are fitted on a part of held_out, drawn by keyed hash, that nothing else is fitted
-    on; greedy still ranks on all of it, and the gate split stays unseen."""
+    """How the learned recipes find their weights. They are fitted on a part of held_out, drawn by keyed hash, and scored on the rest of it,
+    with the other recipes beside them there; greedy still ranks on all of it, and the gate split stays unseen."""
 
-    share: Fraction = Field(0.5, gt=0, description="Share of held_out the weights are fitted on; the recipe is scored on all of it.")
+    share: Fraction = Field(0.5, gt=0, lt=1, description="Share of held_out the weights are fitted on; the recipe is scored on the rest.")
     epochs: int = Field(5, ge=1, le=1000, description="Passes over that share. The paper's 5.")
     batch_size: int = Field(256, ge=1, description="Samples in a step.")
     learning_rate: float = Field(0.05, gt=0, lt=10, description="Of AdamW on the weights' logits. The paper's 0.05.")

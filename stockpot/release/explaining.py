@@ -38,7 +38,7 @@ def explain(name: str) -> str:
         f"{version.model} version {version.version}{f' is {version.alias}' if version.alias else ' has no alias'}.",
         card.verdict(report),
         _made_of(report),
-        "\n".join(["Recipes and yardsticks of the sweep:", table.text(report), *table.NOTES]),
+        "\n".join(["Recipes and yardsticks of the sweep:", table.text(report), *table.notes(report)]),
         "\n".join(["Near misses:", *[f"  {line}" for line in near]]) if (near := card.near_misses(report)) else "",
         _gate(version),
         _history(version),

@@ -29,7 +29,8 @@ def verdict(report: SoupReport) -> str:
     if len(report.ingredients) == 1:
         return f"No soup improved on the best single model on held_out, so the best single model, trial {report.ingredients[0]}, ships."
     soup, single = report.scores[report.recipe], report.scores["best_single"]
-    told = [f"{_points(soup.held_out, single.held_out)} on held_out (selected on)"]
+    whose = "samples it was not fitted on" if report.recipe in report.unfitted and report.shares else "selected on"
+    told = [f"{_points(*report.held_out(report.recipe, 'best_single'))} on held_out ({whose})"]
     if soup.test and single.test:
         told.append(f"{_points(soup.test, single.test)} on test")
     if soup.shift_average is not None and single.shift_average is not None:
@@ -41,7 +42,7 @@ def verdict(report: SoupReport) -> str:
 def _comparison(report: SoupReport) -> str:
     head = table.head(report)
     lines = [_line(head), _line(["---"] * len(head)), *[_line(row) for row in table.rows(report)]]
-    return "\n".join(["## Comparison\n", *lines, "", *[f"- {note}" for note in table.NOTES]])
+    return "\n".join(["## Comparison\n", *lines, "", *[f"- {note}" for note in table.notes(report)]])
 
 
 def _decisions(report: SoupReport) -> str:
@@ -77,11 +78,11 @@ def near_misses(report: SoupReport) -> list[str]:
         for step in report.steps
         if step.lacked is not None and step.lacked <= NEAR
     ]
-    shipped = report.scores[report.recipe].held_out
     lines += [
-        f"{name.replace('_', ' ').capitalize()} has {_counts(scores.held_out)} on held_out, what ships {_counts(shipped)}."
-        for name, scores in report.scores.items()
-        if scores.held_out.value > shipped.value
+        f"{name.replace('_', ' ').capitalize()} has {_counts(found)} on held_out, what ships {_counts(shipped)}."
+        for name in report.scores
+        for found, shipped in [report.held_out(name, report.recipe)]
+        if found.seen == shipped.seen and found.value > shipped.value
     ]
     return lines
 

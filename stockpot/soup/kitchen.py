@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from stockpot.data.shards import Pixels, pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.data.splits import point
 from stockpot.digests import digest
-from stockpot.errors import ModelError
+from stockpot.errors import BadRequest, ModelError
 from stockpot.evaluation import accuracy, normalise
 from stockpot.models.classifier import Classifier, build
 from stockpot.models.folders import check_fingerprint, write_model
@@ -53,6 +52,8 @@ class Dish:
     """What it is made of."""
     shares: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Layer to the weight of each of `trials`; empty for a plain mean."""
+    fitted: float = 0.0
+    """Share of held_out that the weights were fitted on (`MixingSpec.share`), which its own score there leaves out."""
 
 
 @dataclass
@@ -106,6 +107,8 @@ class Kitchen:
         self._soups: dict[tuple[str, ...], Tensor] = {}
         self._told: tuple[Dish, dict[str, Tensor]] | None = None
         self.costs: dict[str, Cost] = {}
+        self.speculated = 0
+        """Forward passes of one sample whose answer nobody asked for in the end."""
 
     def soup(self, trials: Sequence[str]) -> Dish:
         """The plain mean of these trials, a pure function of what is in it, whatever the order of their names."""
@@ -120,21 +123,22 @@ class Kitchen:
         shares = learn(self.stoves[0].model, files, self._mixing_batches(spec), by_layer=by_layer, learning_rate=spec.learning_rate)
         self.stoves[0].loaded = ()
         identity = (digest(shares), *[self.pool.candidates[trial].ingredient.weights_sha256 for trial in trials])
-        return Dish(identity, lambda: mixture(files, shares), tuple(trials), shares)
+        return Dish(identity, lambda: mixture(files, shares), tuple(trials), shares, spec.share)
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
         """Note what the block costs, under a recipe's name."""
-        began, before, peak_bytes = time.monotonic(), self._samples(), footprint.watch(self.device)
+        began, before, ahead, peak_bytes = time.monotonic(), self._samples(), self.speculated, footprint.watch(self.device)
         yield
-        self.costs[name] = Cost(samples=self._samples() - before, seconds=time.monotonic() - began, peak_bytes=peak_bytes())
+        samples, speculated = self._samples() - before, self.speculated - ahead
+        self.costs[name] = Cost(samples=samples, speculated=speculated, seconds=time.monotonic() - began, peak_bytes=peak_bytes())
 
     def _samples(self) -> int:
-        return sum(stove.samples for stove in self.stoves)
+        return sum(stove.samples for stove in self.stoves) - self.speculated
 
     def _mixing_batches(self, spec: MixingSpec) -> Iterator[tuple[Tensor, Tensor]]:
-        seen = self.splits["held_out"]
-        numbers = [number for number, key in enumerate(seen.keys) if point(key, "stockpot/mixing") < spec.share * 2**64]
+        seen, fitted_N = self.splits["held_out"], self._fitted(spec.share)
+        numbers = fitted_N.nonzero()[0]
         rng = np.random.default_rng(0)
         for _ in range(spec.epochs):
             order = rng.permutation(numbers)
@@ -143,6 +147,27 @@ class Kitchen:
                 self.stoves[0].samples += len(some)
                 images = torch.from_numpy(np.ascontiguousarray(seen.images[some])).to(self.stoves[0].device)
                 yield normalise(images, self.config.preprocess), torch.as_tensor(seen.labels[some]).to(images.device)
+
+    def _fitted(self, share: float) -> np.ndarray:
+        """Which samples of held_out learned mixing is fitted on: bool (N,). Raises `BadRequest` where that is none, or all."""
+        fitted_N = np.array([point(key, "stockpot/mixing") < share * 2**64 for key in self.splits["held_out"].keys])
+        if fitted_N.all() or not fitted_N.any():
+            raise BadRequest(
+                f"`mixing.share` {share:g} takes {fitted_N.sum()} of {len(fitted_N)} held_out samples, and learned mixing needs some to be "
+                "fitted on and some to be scored on; ask for a share nearer to 0.5, or give the snapshot a larger held_out."
+            )
+        return fitted_N
+
+    def unfitted(self, dish: Dish, share: float) -> Accuracy:
+        """A dish's accuracy on the samples of held_out that learned mixing with this share is not fitted on, measured once."""
+        seen = self.splits["held_out"]
+        key = self._key(dish, "held_out", f" but {share} for mixing")
+        if (known := self._cache.get(key, 0)) is None:
+            rest_N = ~self._fitted(share)
+            found = accuracy(self.logits(dish, "held_out")[torch.from_numpy(rest_N)], seen.labels[rest_N], self.metric)
+            known = Verdict(found, found.seen)
+            self._cache.put(key, known)
+        return known.accuracy
 
     def logits(self, dish: Dish, split: str) -> Tensor:
         """What a dish says about every sample of a split: float32 (N, C). Of the last dish, held_out and gate are remembered."""
@@ -194,8 +219,10 @@ class Kitchen:
         return by_averaged_logits(logits, torch.as_tensor(self.splits["held_out"].labels), soup, left)
 
     def scores(self, dish: Dish) -> Scores:
-        """A dish on every split the sweep names."""
-        return self.scores_by(partial(self.accuracy, dish))
+        """A dish on every split the sweep names; on held_out without what it was fitted on."""
+        return self.scores_by(
+            lambda split: self.unfitted(dish, dish.fitted) if dish.fitted and split == "held_out" else self.accuracy(dish, split)
+        )
 
     def scores_by(self, accuracy: Callable[[str], Accuracy]) -> Scores:
         """Whatever `accuracy` measures, on every split the sweep names."""
@@ -229,6 +256,7 @@ class Kitchen:
 
     def _examine(self, dish: Dish, split: str, order: Tensor, need: int, stove: Stove | None = None) -> tuple[Verdict, Tensor | None]:
         stove = stove or self.stoves[0]
+        before = stove.samples
         stove.hold(dish)
         seen = self.splits[split]
         block = block_size(len(seen.labels))
@@ -245,7 +273,7 @@ class Kitchen:
         verdict, logits_NC = examine(predict, torch.as_tensor(seen.labels), order, need, block)
         if logits_NC is not None and self.metric != "accuracy":
             verdict = verdict._replace(accuracy=accuracy(logits_NC, seen.labels, self.metric))
-        return verdict, logits_NC
+        return verdict._replace(passes=stove.samples - before), logits_NC
 
     def _soup_logits(self, trials: Sequence[str]) -> Tensor:
         """The soup's own logits where its last examination left them, else the mean of its members': they only decide an order."""
@@ -253,8 +281,8 @@ class Kitchen:
             return told
         return torch.stack([self.pool.candidates[trial].logits for trial in trials]).mean(dim=0)
 
-    def _key(self, dish: Dish, split: str) -> str:
-        return self._cache.key(dish.identity + self._settled, self._digests[split], split, self.splits[split].transform_digest)
+    def _key(self, dish: Dish, split: str, part: str = "") -> str:
+        return self._cache.key(dish.identity + self._settled, self._digests[split], split + part, self.splits[split].transform_digest)
 
 
 def _suite(name: str) -> str:

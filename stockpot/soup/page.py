@@ -31,7 +31,7 @@ def write(report: SoupReport, sweep: Sweep) -> str:
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(card.verdict(report))}</p>',
         _facts(report),
         _image(picture.draw(report, "svg"), "Held-out accuracy against the mean over shift suites, one point a trial"),
-        _section("Comparison", " ".join([_measure(report), *table.NOTES])),
+        _section("Comparison", " ".join([_measure(report), *table.notes(report)])),
         _comparison(report),
         _listed("Near misses", card.near_misses(report)),
         _listed("Soupability", card.soupability(report)),
@@ -54,14 +54,15 @@ def write(report: SoupReport, sweep: Sweep) -> str:
 def _facts(report: SoupReport) -> str:
     """The numbers people ask for first: the shipped soup, and its gain over the best single model."""
     soup, single = report.scores[report.recipe], report.scores["best_single"]
+    after, before = report.held_out(report.recipe, "best_single")
     told = {"trials in the soup": f"{len(report.ingredients)} of {len(report.trials)}"}
-    for name, after, before in (
-        ("held_out", soup.held_out.value, single.held_out.value),
+    for name, ours, theirs in (
+        ("held_out", after.value, before.value),
         ("test", soup.test.value if soup.test else None, single.test.value if single.test else None),
         ("mean shift", soup.shift_average, single.shift_average),
     ):
-        if after is not None and before is not None:
-            told[f"{name}, {100 * (after - before):+.2f} against the best single"] = f"{100 * after:.2f} %"
+        if ours is not None and theirs is not None:
+            told[f"{name}, {100 * (ours - theirs):+.2f} against the best single"] = f"{100 * ours:.2f} %"
     return f'<ul class="facts">{"".join(f"<li><b>{value}</b><span>{name}</span></li>" for name, value in told.items())}</ul>'
 
 

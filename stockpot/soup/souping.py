@@ -24,7 +24,7 @@ from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, Ingredient, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture, table
 from stockpot.soup.borrowing import with_loans
-from stockpot.soup.comparing import Comparison, compare
+from stockpot.soup.comparing import Comparison, Recipes, compare
 from stockpot.soup.dishes import shipped
 from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.examining import Verdict
@@ -133,6 +133,7 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         batch_norm_samples=sum(map(len, kitchen.settling)) or None,
         steps=tuple(steps),
         scores={name: one.scores for name, one in tastes.items()},
+        unfitted=_unfitted(kitchen, recipes, tastes, sweep.request.soup.mixing.share),
         calibration={name: one.calibration for name, one in tastes.items()},
         costs=kitchen.costs,
         classes=_classes(pool.config.classes, gate_labels, gate_logits["best_single"], gate_logits[wanted]),
@@ -150,6 +151,12 @@ def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) 
         dtype=", ".join(sorted({slot.kind.split()[0] for slot in pool.candidates[best].weights.slots.values()})),
     )
     return _record(report, sweep, pool, gate_logits | {"labels": gate_labels}, folder, began)
+
+
+def _unfitted(kitchen: Kitchen, recipes: Recipes, tastes: dict[str, Taste], share: float) -> dict[str, Accuracy]:
+    """Held_out as learned mixing is scored on it, of what was learned and of what it is compared with."""
+    learned = {name: tastes[name].scores.held_out for name in ("learned", "learned_by_layer") if name in tastes}
+    return {name: kitchen.unfitted(kitchen.soup(trials), share) for name, trials in recipes.items()} | learned if learned else {}
 
 
 def _marginal(sweep: Sweep, kitchen: Kitchen) -> tuple[MarginalPoint, ...]:
@@ -190,10 +197,12 @@ def _greedy(sweep: Sweep, singles: dict[str, Accuracy], kitchen: Kitchen, say: S
             say(f"greedy: with {trials[-1]} {found.accuracy.told} {most}{needed}")
             return found
 
-        return greedy(
+        steps = greedy(
             singles, score, spec.accept, passes=spec.passes, replacement=spec.replacement, order=order, rank=rank, budget=spec.budget,
             ahead=crowd.ahead,
         )  # fmt: skip
+    kitchen.speculated += sum(found.passes for found in crowd.wasted)
+    return steps
 
 
 def _points(kitchen: Kitchen, kept: Sequence[str]) -> tuple[TrialPoint, ...]:

@@ -26,10 +26,20 @@ NOTES = (
 )
 """What the columns mean, as sentences."""
 
+AHEAD = "(+ so many): passes on devices that were idle, for candidates greedy did not ask about in the end."
+
 
 def percent(score: Accuracy | None) -> str:
     """Two digits; empty for what was not measured."""
     return f"{100 * score.value:.2f}" if score else ""
+
+
+def notes(report: SoupReport) -> list[str]:
+    """What the columns of this table mean, as sentences."""
+    told = [f"{_name(name)} {score.told}" for name, score in report.unfitted.items()]
+    whole = "Learned mixing has its held_out score on the samples that it was not fitted on. There are"
+    ahead = [AHEAD] if any(cost.speculated for cost in report.costs.values()) else []
+    return [*NOTES, *([f"{whole}: {', '.join(told)}."] if told else []), *ahead]
 
 
 def head(report: SoupReport) -> list[str]:
@@ -41,7 +51,7 @@ def head(report: SoupReport) -> list[str]:
 def rows(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
     """A row for everything that was scored, in the order of the report."""
     return [
-        [name.replace("_", " "), *_scores(scores, _suites(report), shown), *_calibration(report, name), *_cost(report, name)]
+        [_name(name), *_scores(scores, _suites(report), shown), *_calibration(report, name), *_cost(report, name)]
         for name, scores in report.scores.items()
     ]
 
@@ -60,6 +70,10 @@ def as_csv(report: SoupReport) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([head(report), *rows(report)])
     return file.getvalue()
+
+
+def _name(recipe: str) -> str:
+    return recipe.replace("_", " ")
 
 
 def _suites(report: SoupReport) -> list[str]:
@@ -82,4 +96,5 @@ def _cost(report: SoupReport, name: str) -> list[str]:
     if cost is None:
         return ["", "", ""]
     peak = "not measured" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}"
-    return [f"{cost.samples:,}", f"{cost.seconds:.1f}", peak]
+    passes = f"{cost.samples:,}" + (f" (+{cost.speculated:,})" if cost.speculated else "")
+    return [passes, f"{cost.seconds:.1f}", peak]

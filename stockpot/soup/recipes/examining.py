@@ -28,6 +28,8 @@ class Verdict(NamedTuple):
     """Exact when `examined` is all; otherwise the most it can be, which is below what was needed."""
     examined: int
     """Samples looked at."""
+    passes: int = 0
+    """Forward passes of one sample that finding it took: none where it was known already."""
 
 
 def margins(logits_NC: Tensor, labels_N: Tensor) -> Tensor:

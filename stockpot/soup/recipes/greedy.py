@@ -66,7 +66,7 @@ def greedy(
             if ahead:
                 ahead([((*soup, one), need) for one in queue])
             trial, *queue = queue
-            after, examined = score([*soup, trial], need)
+            after, examined, _ = score([*soup, trial], need)
             kept = after.value > best.value or (accept == "not_worse" and after.value == best.value)
             if kept:
                 soup.append(trial)

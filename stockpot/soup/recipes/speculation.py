@@ -16,14 +16,13 @@ class Speculation:
     """A `score` for `greedy` with one scorer a device behind it, and the `ahead` that goes with it."""
 
     def __init__(self, scorers: Sequence[Score]) -> None:
-        self.wasted = 0
-        """Answers nobody asked for."""
         self.width = len(scorers)
         self._idle: SimpleQueue[Score] = SimpleQueue()
         for scorer in scorers:
             self._idle.put(scorer)
         self._pool = ThreadPoolExecutor(len(scorers))
         self._asked: dict[Question, Future[Verdict]] = {}
+        self._dropped: list[Future[Verdict]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -44,6 +43,11 @@ class Speculation:
         """The answer, waited for."""
         return self._asked.pop((tuple(trials), need)).result()
 
+    @property
+    def wasted(self) -> list[Verdict]:
+        """Answers nobody asked for in the end; those under way are waited for."""
+        return [answer.result() for answer in self._dropped if not answer.exception()]
+
     def _answer(self, question: Question) -> Verdict:
         scorer = self._idle.get()
         try:
@@ -53,4 +57,6 @@ class Speculation:
 
     def _forget(self, but: set[Question]) -> None:
         for question in self._asked.keys() - but:
-            self.wasted += not self._asked.pop(question).cancel()
+            answer = self._asked.pop(question)
+            if not answer.cancel():
+                self._dropped.append(answer)

@@ -76,17 +76,19 @@ def test_card_page_csv_and_text_show_one_table_that_says_what_was_not_measured(s
             "calibration": {"greedy": Calibration(before=0.0512, after=0.0217, temperature=1.5)},
             "costs": {
                 "uniform": Cost(samples=12_345, seconds=6.78, peak_bytes=3_210_000_000),
-                "greedy": Cost(samples=7, seconds=0.1, peak_bytes=None),
+                "greedy": Cost(samples=7, speculated=5, seconds=0.1, peak_bytes=None),
             },
+            "unfitted": {"greedy": Accuracy(correct=91, seen=100), "learned": Accuracy(correct=90, seen=100)},
         }
     )
     best, uniform, greedy = table.rows(one)
     assert best == ["best single", "95.00", "90.00", "92.50", "60.00", "60.00", *[""] * 5]
     assert uniform[-5:] == ["", "", "12,345", "6.8", "3.21"]
-    assert greedy[-5:] == ["5.12", "2.17", "7", "0.1", "not measured"]
+    assert greedy[-5:] == ["5.12", "2.17", "7 (+5)", "0.1", "not measured"]
     for written in (card.write(one), page.write(one, sweep), table.text(one), table.as_csv(one)):
         assert all(cell in written for row in (table.head(one), uniform, greedy) for cell in row)
-    assert all(note in written for written in (card.write(one), page.write(one, sweep)) for note in table.NOTES)
+    assert all(note in written for written in (card.write(one), page.write(one, sweep)) for note in table.notes(one))
+    assert "There are: greedy 91 of 100, learned 90 of 100." in card.write(one)
     assert "tempered" not in table.text(report(sweep, True, True)), "what nobody measured has no column for a reader"
 
 

@@ -11,8 +11,12 @@ from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import MixingSpec, SoupSpec, Sweep
 from stockpot.data import images
 from stockpot.data.images import decode
+from stockpot.data.shards import pixels
+from stockpot.data.snapshots import open_snapshot
+from stockpot.data.splits import point
 from stockpot.digests import canonical, file_digest
-from stockpot.errors import SweepMissing, TooFewIngredients
+from stockpot.errors import BadRequest, SweepMissing, TooFewIngredients
+from stockpot.evaluation import accuracy
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.models.classifier import Classifier
@@ -182,6 +186,13 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
         assert points[0].scores == report.alphas["greedy"][0].scores
     assert all(len(row) == 3 for row in report.angles.values())
     assert set(report.midpoints) == {trial.id for trial in sweep.trials} - {report.best_single}
+    held_out = pixels(open_snapshot(sweep.data.snapshot), "held_out", ground.config.preprocess)
+    rest_N = torch.tensor([point(key, "stockpot/mixing") >= 0.5 * 2**64 for key in held_out.keys])
+    best = load_weights(tmp_path / f"trial-{[trial.id for trial in sweep.trials].index(report.best_single)}" / "held_out.safetensors")
+    assert report.unfitted["best_single"] == accuracy(best["logits"][rest_N], held_out.labels[rest_N.numpy()])
+    assert set(report.unfitted) == {"best_single", "uniform", "greedy", "learned", "learned_by_layer"}
+    assert {one.seen for one in report.unfitted.values()} == {int(rest_N.sum())} != {len(held_out.labels)}
+    assert report.scores["learned"].held_out == report.unfitted["learned"]
     assert "Half way to" in tracking.read_text(report.mlflow_run_id, "card.md")
     assert report.ingredients == tuple(step.trial_id for step in report.steps if step.kept)
 
@@ -192,6 +203,8 @@ def test_a_learned_mixture_ships_with_its_shares_and_can_be_made_again(ground: G
     finish_trials(ground, sweep, tmp_path)
     report = cook(sweep.id, say=quiet)
     assert {len(row) for row in report.shares.values()} == {2} == {len(report.ingredients)}
+    assert report.held_out("learned_by_layer", "greedy") == (report.unfitted["learned_by_layer"], report.unfitted["greedy"])
+    assert "on held_out (samples it was not fitted on)" in tracking.read_text(report.mlflow_run_id, "card.md")
     files = [
         open_weights(tracking.fetch_ingredient(one, tmp_path / one.trial_id) / "model.safetensors")
         for trial in report.ingredients
@@ -199,6 +212,14 @@ def test_a_learned_mixture_ships_with_its_shares_and_can_be_made_again(ground: G
         if one.trial_id == trial
     ]
     assert save_weights(tmp_path / "again.safetensors", mixture(files, report.shares)) == report.soup_sha256
+
+
+def test_learned_mixing_needs_samples_to_fit_on_and_samples_to_be_scored_on(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=1)
+    kitchen = Kitchen(sweep, gather(finish_trials(ground, sweep, tmp_path), sweep.init, tmp_path / "pool"))
+    for share, told in ((1e-9, "takes 0 of"), (1 - 1e-9, "takes (.+) of \\1 held_out")):
+        with pytest.raises(BadRequest, match=told):
+            kitchen.learned(MixingSpec(share=share), by_layer=False)
 
 
 def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from(ground: Ground, ledger: str, tmp_path: Path) -> None:
@@ -254,13 +275,18 @@ def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
     singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
     decoded: list[bytes] = []
     monkeypatch.setattr(images, "decode", lambda data: (decoded.append(data), decode(data))[1])
-    found = []
+    found, used = [], []
     for devices in (["cpu"], ["cpu", "cpu"]):
         decoded.clear()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{len(devices)}"))
         kitchen = Kitchen(sweep, pool, devices)
-        found.append(_greedy(sweep, singles, kitchen, quiet))
+        with kitchen.measured("greedy"):
+            found.append(_greedy(sweep, singles, kitchen, quiet))
+        cost = kitchen.costs["greedy"]
+        used.append(cost.samples)
         assert all(stove.samples for stove in kitchen.stoves)
+        assert cost.samples + cost.speculated == sum(stove.samples for stove in kitchen.stoves)
         kitchen.scores(kitchen.soup(list(singles)))
         assert len(decoded) == sum(len(split.labels) for split in kitchen.splits.values()) == 150
     assert found[0] == found[1]
+    assert used[0] == used[1] == sum(step.examined for step in found[0][1:])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -399,7 +400,21 @@ def test_scoring_ahead_on_several_devices_is_the_sequential_result(
     with Speculation([pool.early(7)] * devices) as crowd:
         assert greedy(held_out, crowd.score, passes=passes, replacement=True, ahead=crowd.ahead) == alone
     if devices == 1:
-        assert crowd.wasted == 0
+        assert crowd.wasted == []
+
+
+def test_answers_nobody_asked_for_are_told_apart() -> None:
+    together = Barrier(2)
+
+    def score(trials: Sequence[str], need: int) -> Verdict:
+        together.wait(10)  # so that both devices have begun
+        return Verdict(Accuracy(correct=need, seen=9), 9, passes=len(trials))
+
+    with Speculation([score, score]) as crowd:
+        crowd.ahead([(("a", "b"), 5), (("a", "c", "d"), 5), (("a", "e"), 5)])
+        assert crowd.score(["a", "b"], 5).accuracy.correct == 5
+        crowd.ahead([])  # it was kept: what was said about the others is of no use
+    assert [answer.passes for answer in crowd.wasted] == [3]
 
 
 def test_a_rejection_looks_at_little_more_than_its_floor() -> None:
