@@ -33,6 +33,13 @@ class SoupSpec(Closed):
         "step stays the one with most right answers.",
     )
     minimum: int = Field(1, ge=1, le=1000, description="The sweep's own ingredients that must be fit; with fewer no soup is cooked.")
+    barrier: Fraction | None = Field(
+        None,
+        gt=0,
+        description="Leave out an ingredient that lies in another basin: half way to the best single model, held_out accuracy is lower "
+        "than the mean of both ends by more than this fraction. 0.2 puts out only what plainly does. It costs an evaluation each. None: "
+        "only the init's digest tells strangers apart; midpoints and angles, which `compare` shows, put nothing out.",
+    )
     accept: Literal["improve", "not_worse"] = Field(
         "improve", description="Greedy keeps an ingredient on strict improvement of held-out accuracy, or also on a tie."
     )

@@ -11,6 +11,7 @@ import torch
 
 from stockpot.config import Init, SoupSpec
 from stockpot.outcomes import Accuracy, AlphaPoint
+from stockpot.soup.basins import midpoints
 from stockpot.soup.dishes import on_line, prune, stock
 from stockpot.soup.kitchen import Dish, Kitchen
 from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
@@ -54,7 +55,7 @@ def compare(kitchen: Kitchen, init: Init, recipes: Recipes, spec: SoupSpec) -> C
         tastes,
         {name: _line(kitchen, init, trials) for name, trials in recipes.items()} if "wise_ft" in spec.compare else {},
         _angles(kitchen) if "angles" in spec.compare else {},
-        _midpoints(kitchen, recipes["best_single"][0]) if "midpoints" in spec.compare else {},
+        midpoints(kitchen) if "midpoints" in spec.compare else {},
     )
 
 
@@ -69,11 +70,6 @@ def _ensemble(kitchen: Kitchen, trials: Sequence[str]) -> Logits:
 
 def _line(kitchen: Kitchen, init: Init, trials: Sequence[str]) -> tuple[AlphaPoint, ...]:
     return tuple(AlphaPoint(alpha=alpha, scores=kitchen.scores(on_line(kitchen, init, trials, alpha))) for alpha in ALPHAS)
-
-
-def _midpoints(kitchen: Kitchen, best: str) -> dict[str, Accuracy]:
-    """Half way from the best single to each other candidate: far below both ends means that the two do not lie in one basin."""
-    return {trial: kitchen.accuracy(kitchen.soup([best, trial]), "held_out") for trial in kitchen.pool.candidates if trial != best}
 
 
 def _angles(kitchen: Kitchen) -> dict[str, tuple[float, ...]]:

@@ -1,7 +1,8 @@
 """Which ingredients may be averaged. Every one is in, or out with a reason; a soup of strangers is refused, not cooked.
 
 In: recorded files whole and unchanged, the sweep's init, that init's keys, shapes, types and ties, its model config (activation,
-preprocessing and classes included), finite weights, and finite held-out logits that give the recorded accuracy.
+preprocessing and classes included), finite weights, and finite held-out logits that give the recorded accuracy. And where the request
+draws a `barrier`, in one basin with the best single model: `basins`.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -23,6 +23,7 @@ from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, Ingredient, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture, table
+from stockpot.soup.basins import strangers
 from stockpot.soup.borrowing import with_loans
 from stockpot.soup.comparing import Comparison, Recipes, compare
 from stockpot.soup.dishes import shipped
@@ -76,6 +77,8 @@ def _gathered(sweep: Sweep, ingredients: list[Ingredient], folder: Path, say: Sa
         for trial in pool.candidates if kitchen.settling else ():
             kitchen.pool = pool = kitchen.rescored(pool, trial)
         kitchen.pool = pool = pool.measured(kitchen.metric, kitchen.splits["held_out"].labels)
+        if (barrier := sweep.request.soup.barrier) is not None:
+            kitchen.pool = pool = pool.without(strangers(kitchen, barrier))
         for trial, reason in kitchen.pool.excluded.items():
             say(f"left out {trial}: {reason}")
         return _cook(sweep, kitchen, folder, began, say)

@@ -1,6 +1,7 @@
 """Guards: a sweep is cooked once, from what is fit, and everything about it can be read back from the ledger."""
 
 import csv
+import re
 from pathlib import Path
 from uuid import uuid4
 
@@ -111,6 +112,22 @@ def test_one_trial_ships_as_a_soup_of_one_and_the_card_says_so(ground: Ground, s
     report = cook(sweep.id, say=quiet)
     assert (report.ingredients, report.soup_sha256) == ((only.trial_id,), only.weights_sha256)
     assert "the best single model" in tracking.read_text(report.mlflow_run_id, "card.md")
+
+
+def test_of_two_basins_the_best_single_models_is_cooked_where_the_request_draws_a_barrier(
+    ground: Ground, ledger: str, tmp_path: Path
+) -> None:
+    """With the signs of its features and of its head turned a model says the same, and half way there it says nothing."""
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=2, soup=SoupSpec(recipe="uniform", barrier=0.05))
+    finish_trials(ground, sweep, tmp_path, only=[0])
+    same = load_weights(tmp_path / "trial-0" / "model.safetensors")
+    finish_trial(ground, sweep, 1, tmp_path, state=same | {name: -same[name] for name in ("body.proj", "head.weight")})
+    report = cook(sweep.id, say=quiet)
+    best, stranger = sorted(trial.id for trial in sweep.trials)  # both have the same score
+    assert report.ingredients == (best,)
+    told = r"another basin: half way to the best single model, .*, held_out falls to 33\.3 %, .* the request's `barrier` is 5\."
+    assert re.search(told, report.excluded.pop(stranger))
+    assert not report.excluded
 
 
 @pytest.mark.slow
