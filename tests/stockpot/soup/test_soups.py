@@ -425,6 +425,14 @@ def test_a_rejection_looks_at_little_more_than_its_floor() -> None:
     assert floor(best + 200, 4000) <= verdict.examined / 4000 <= 1.25 * floor(best + 200, 4000)
 
 
+def test_how_loud_a_candidate_speaks_does_not_change_where_it_is_doubted() -> None:
+    rng = torch.Generator().manual_seed(0)
+    soup, candidate, labels = torch.randn(200, 5, generator=rng), torch.randn(200, 5, generator=rng), torch.arange(200) % 5
+    order = doubtful_first(soup, 3, candidate, labels)
+    assert torch.equal(doubtful_first(4 * soup, 3, candidate / 2, labels), order)  # powers of two, so to the bit
+    assert torch.equal(doubtful_first(soup, 3, torch.zeros(200, 5), labels), margins(soup, labels).argsort(stable=True))
+
+
 def test_margins_are_negative_exactly_where_the_answer_is_wrong() -> None:
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(200) % 5
