@@ -97,14 +97,14 @@ def require_layers(model: nn.Module) -> None:
 def layer_numbers(model: nn.Module) -> dict[str, int | None]:
     """The layer of every parameter, from 0; None is the top: the last norm, the projection, the head.
 
-    Embeddings are layer 0, block i is layer i + 1 by the first number in its name, and stage i of a ResNet is layer i. Where names tell no
-    more than the embeddings, as with a RegNet's or a DenseNet's, the layers are timm's own.
+    A timm tower's layers are timm's own. Elsewhere names tell: embeddings are layer 0, block i is layer i + 1 by the first number in its
+    name, and stage i of a ResNet is layer i.
     """
     names = [name for name, _ in model.named_parameters()]
+    if known := timm_layers(model):
+        return {name: known.get(name) for name in names}
     depth = _resnet_depth if any(STAGE.search(name) for name in names) else _depth
-    layers = {name: depth(name) for name in names}
-    known = {} if any(layers.values()) else timm_layers(model)
-    return {name: known.get(name) for name in names} if known else layers
+    return {name: depth(name) for name in names}
 
 
 def _depth(name: str) -> int | None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from stockpot.errors import BadRequest
@@ -143,18 +144,10 @@ def test_every_rule_lowers_a_loss(rule):
     assert losses[-1] < 0.8 * losses[0]  # adafactor's steps are relative to the weights, which are small here
 
 
-@pytest.mark.parametrize(
-    "tower",
-    [
-        {"kind": "open_clip", "arch": {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 2, 1, 1], "width": 16}}},
-        {"kind": "timm", "arch": {"name": "test_resnet"}},
-    ],
-    ids=["CLIP", "timm"],
-)
-def test_a_resnet_is_counted_by_stages(tower):
+def test_a_resnet_is_counted_by_stages():
     preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
-    model = build(ModelConfig(**tower, preprocess=preprocess, classes=("a", "b")))
-    scales = rate_scales(model, 0.5)
+    arch = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 2, 1, 1], "width": 16}}
+    scales = rate_scales(build(ModelConfig(kind="open_clip", arch=arch, preprocess=preprocess, classes=("a", "b"))), 0.5)
     oracle = {"conv": 0, "bn": 0, "layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4, "attnpool": 5, "head": 5}
     for name, scale in scales.items():
         part = name.removeprefix("body.").partition(".")[0]
@@ -162,14 +155,18 @@ def test_a_resnet_is_counted_by_stages(tower):
     assert {scales[name] for name in scales if ".layer3." in name} == {0.25}
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "densenet121", "regnety_002"])
-def test_every_timm_tower_has_layers_that_rise_from_the_stem_to_the_head(name: str) -> None:
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "densenet121", "regnety_002", "xcit_nano_12_p8_224", "nf_resnet50"])
+def test_a_timm_tower_has_timms_own_layers(name: str) -> None:
     preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
-    model = build(ModelConfig(kind="timm", arch={"name": name}, preprocess=preprocess, classes=("a", "b")))
-    scales = list(rate_scales(model, 0.5).values())
-    assert scales[0] == min(scales) < 1 / 8
-    assert scales[-1] == 1
-    assert len(set(scales)) > 4
+    with torch.device("meta"):
+        model = build(ModelConfig(kind="timm", arch={"name": name}, preprocess=preprocess, classes=("a", "b")))
+    groups = param_groups_layer_decay(model.body, layer_decay=0.5)
+    theirs = {id(parameter): group["lr_scale"] * 0.5 for group in groups for parameter in group["params"]}  # they have no head above them
+    scales = rate_scales(model, 0.5)
+    assert {name: scales[f"body.{name}"] for name, _ in model.body.named_parameters()} == {
+        name: theirs[id(parameter)] for name, parameter in model.body.named_parameters()
+    }
+    assert scales["head.weight"] == 1
     require_layers(model)
 
 
