@@ -53,7 +53,7 @@ def reproduce(model: Name, as_json: AsJson = False) -> None:
 
     connection.check_server()
     version = explaining.reproduce(model)
-    how = explaining.compared(explaining.read_report(version))
+    how = explaining.compared(version, explaining.read_report(version))
     told = f"{version.model} version {version.version} is reproduced: {version.soup_sha256}. {how}"
     _tell({**version.model_dump(mode="json"), "compared": how}, told, as_json)
 

@@ -191,7 +191,7 @@ def _use(version: ModelVersion, report: SoupReport) -> list[str]:
         answer = service.ask(picture.read_bytes())
     return [
         f"`stockpot explain {name}` tells where it comes from: {explained}.",
-        f"`stockpot reproduce {name}` rebuilt it. {explaining.compared(report)}",
+        f"`stockpot reproduce {name}` rebuilt it. {explaining.compared(version, report)}",
         f"`mlflow models serve -m models:/{name}` answers over HTTP: {picture.name} is {answer['label']} ({answer['probability']:.2f}).",
         f"`stockpot rollback {version.model}` makes the champion before it champion again, once there is one.",
     ]

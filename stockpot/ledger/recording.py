@@ -11,7 +11,7 @@ from mlflow.exceptions import RestException
 from stockpot.config import Trial
 from stockpot.digests import file_digest
 from stockpot.errors import IngredientMismatch
-from stockpot.ledger.connection import asking, client, experiment
+from stockpot.ledger.connection import asking, client, experiment, is_gone
 from stockpot.ledger.stored import delete_stored
 from stockpot.ledger.tracking import INGREDIENT_FILES
 from stockpot.outcomes import Accuracy, Ingredient
@@ -105,8 +105,10 @@ def is_stored(ingredient: Ingredient) -> bool:
     try:
         with asking():
             return bool(client().get_logged_model(ingredient.model_id).status == LoggedModelStatus.READY)
-    except RestException:
-        return False
+    except RestException as error:
+        if is_gone(error):
+            return False
+        raise
 
 
 def discard(ingredient: Ingredient) -> None:

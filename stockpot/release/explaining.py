@@ -101,15 +101,16 @@ def _rebuilt(report: SoupReport, left: Mapping[str, Source], folder: Path) -> di
         return rebuild(report, files, start)
 
 
-def compared(report: SoupReport) -> str:
-    """What `reproduce` compares, and how exactly, as a sentence."""
+def compared(version: ModelVersion, report: SoupReport) -> str:
+    """What `reproduce` compares of this version, and how exactly, as a sentence."""
     how = "The weights were compared to the bit"
     if report.batch_norm_samples:
         how = (
             "The weights were compared to the bit, but for BatchNorm's statistics: estimated again on "
             f"{report.batch_norm_samples} training samples, they may differ by {NEAR:g} of the largest of their tensor"
         )
-    return f"{how}; every file of the version and of its ingredients, its report, card and gate evidence by the sha256 recorded of each."
+    record = "report, card and gate evidence" if releasing.read_judgement(version) else "report and card"
+    return f"{how}; every file of the version and of its ingredients, and its {record}, by the sha256 recorded of each."
 
 
 def _compare_statistics(report: SoupReport, averaged: dict[str, Tensor], registered: Path) -> None:

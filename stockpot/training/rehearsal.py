@@ -25,8 +25,12 @@ DRAWS = 64
 
 def rehearse(spec: SweepSpec, init: Init) -> None:
     """Name everything the sweep's trials will name. Raises `BadRequest` for what there is not."""
+    rehearse_on(spec, ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json")))
+
+
+def rehearse_on(spec: SweepSpec, config: ModelConfig) -> None:
+    """The same where only the model's config is known, as before its head is fitted on a GPU."""
     drawn = draw(spec)
-    config = ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json"))
     patterns = {settings.frozen for settings in drawn} - {()}
     by_layer = any(settings.layer_decay < 1 for settings in drawn)
     if patterns or by_layer:

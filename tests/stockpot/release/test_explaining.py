@@ -14,7 +14,7 @@ from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import SoupReport
 from stockpot.release import explaining, releasing
-from stockpot.release.explaining import explain, read_report, reproduce
+from stockpot.release.explaining import compared, explain, read_report, reproduce
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
@@ -39,6 +39,7 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
     assert reproduce(f"{model}/1").soup_sha256 == report.soup_sha256
 
     version = registry.read_version(model, 1)
+    assert "report, card and gate evidence, by the sha256" in compared(version, report)
     ingredient = tracking.find_ingredient(model, report.ingredients[0])
     assert ingredient is not None
     soup, trial = tmp_path / "soup", tmp_path / "trial"
@@ -151,6 +152,7 @@ def test_a_version_keeps_its_own_record_when_its_sweep_is_cooked_again(ground: G
     assert [version.version for version, _ in versions] == [1, 2]
     assert [read_report(version) for version, _ in versions] == [report for _, report in versions]
     assert [reproduce(f"{sweep.request.model}/{number}").version for number in (1, 2)] == [1, 2]
+    assert all(", and its report and card, by the sha256" in compared(version, report) for version, report in versions)  # never judged
 
 
 @pytest.mark.slow
