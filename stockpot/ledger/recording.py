@@ -5,14 +5,14 @@ it counts (`stockpot.training.journal`), so that of two attempts of one trial on
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import RestException
 
 from stockpot.config import Trial
 from stockpot.digests import file_digest
 from stockpot.errors import IngredientMismatch
 from stockpot.ledger.connection import asking, client, experiment, is_gone
-from stockpot.ledger.stored import delete_stored
+from stockpot.ledger.stored import COMMITTED_BY, delete_stored
 from stockpot.ledger.tracking import INGREDIENT_FILES
 from stockpot.outcomes import Accuracy, Ingredient
 
@@ -81,7 +81,7 @@ def publish(trial: Trial, ingredient: Ingredient) -> None:
             dataset_name="held_out",
             dataset_digest=trial.snapshot.digest[:36],
         )
-        ledger.set_logged_model_tags(ingredient.model_id, {"stockpot.ingredient": ingredient.model_dump_json()})
+        ledger.set_logged_model_tags(ingredient.model_id, {COMMITTED_BY["ingredient"]: ingredient.model_dump_json()})
 
 
 def _give_out(ingredient: Ingredient, step: int) -> None:
@@ -102,15 +102,23 @@ def _give_out(ingredient: Ingredient, step: int) -> None:
 
 def is_stored(ingredient: Ingredient) -> bool:
     """Whether this ledger has the ingredient's files, published or not. Raises `ServerUnreachable`."""
-    try:
-        with asking():
-            return bool(client().get_logged_model(ingredient.model_id).status == LoggedModelStatus.READY)
-    except RestException as error:
-        if is_gone(error):
-            return False
-        raise
+    found = _found(ingredient)
+    return found is not None and bool(found.status == LoggedModelStatus.READY)
 
 
 def discard(ingredient: Ingredient) -> None:
-    """Take back what was stored and does not count. Raises `ServerUnreachable`."""
-    delete_stored(ingredient.model_id, "ingredient")
+    """Take back what was stored, and counts no more or never did. What is published stays: it did count, and the trial has ended with it.
+    Raises `ServerUnreachable`."""
+    found = _found(ingredient)
+    if found is not None and COMMITTED_BY["ingredient"] not in found.tags:
+        delete_stored(ingredient.model_id, "ingredient")
+
+
+def _found(ingredient: Ingredient) -> LoggedModel | None:
+    try:
+        with asking():
+            return client().get_logged_model(ingredient.model_id)
+    except RestException as error:
+        if is_gone(error):
+            return None
+        raise

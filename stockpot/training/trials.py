@@ -128,7 +128,8 @@ def _finished(trial: Trial, say: Say) -> Ingredient | None:
 
 def _recorded(hold: Attempt, name: str, counted: dict[str, Ingredient], stored: Callable[[], Ingredient]) -> Ingredient:
     """The ingredient of that id in the ledger: found there, counted before, or stored now, and then counted by a word in the journal and
-    nothing else. Raises `TrialFailed`, and takes back what it stored, when a later attempt has the word."""
+    nothing else. Raises `TrialFailed` when a later attempt has the word, and takes back what it stored, unless that one counts it: it may
+    have read the word before this attempt knew that it was not the last."""
     if found := tracking.find_ingredient(hold.trial.model, name):
         return found
     if name not in counted:

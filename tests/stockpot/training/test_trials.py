@@ -89,11 +89,29 @@ def test_another_init_is_refused(ground, ledger, tmp_path):
         run_trial(trial.model_copy(update={"init": trial.init.model_copy(update={"digest": "0" * 64})}), say=lambda _line: None)
 
 
+def test_an_attempt_overtaken_before_it_knows_takes_nothing_back_that_the_later_one_published(ground, ledger, tmp_path, monkeypatch):
+    """It has written that its ingredient counts, and is paused before it reads whether that stands; the later attempt ends the trial with
+    that very ingredient."""
+    trial, write, late = trial_of(ground, "published-by-another", tmp_path, UNTRAINED), storage.write_bytes, []
+
+    def paused(uri: str, data: bytes, *, create: bool = False) -> None:
+        write(uri, data, create=create)
+        if trial.id.encode() in data:
+            monkeypatch.setattr(storage, "write_bytes", write)
+            late.append(run_trial(trial, say=lambda _line: None))
+
+    monkeypatch.setattr(storage, "write_bytes", paused)
+    with pytest.raises(TrialFailed, match="was replaced by a later one"):
+        run_trial(trial, say=lambda _line: None)
+    assert [tracking.find_ingredient(trial.model, trial.id)] == late
+    tracking.fetch_ingredient(late[0], tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("points", range(5))
-def test_a_takeover_before_any_write_of_a_trial_leaves_what_the_later_attempt_made(ground, ledger, s3, monkeypatch, points):
-    """The earlier attempt is stopped before a write, to the store or to the ledger, the later one runs to its end, the earlier one wakes
-    up and goes on: for every write there is, one in five a test."""
+def test_a_takeover_at_any_point_of_a_trial_leaves_what_the_later_attempt_made(ground, ledger, s3, monkeypatch, points):
+    """The earlier attempt is stopped before it writes to the ledger, or asks anything of the store, the later one runs to its end, the
+    earlier one wakes up and goes on: at every such point, one in five a test."""
     settings = SETTINGS.model_copy(update={"epochs": 1, "ema_decays": (0.9,), "evaluate_every_steps": None})
     quiet: Say = lambda _line: None  # noqa: E731
     alone = run_trial(trial_of(ground, f"not-overtaken-{points}", Path("/"), settings, store=s3.uri(f"not-overtaken-{points}")), say=quiet)
