@@ -3,6 +3,8 @@
 Facts it rests on (Prefect 3.8.8): an idempotency key returns the existing run in whatever state, so parents that ask for "the run of this
 job after that one" at once, or again, get one run; a crash is not covered by `retries=`, and an instant retry can kill the worker, so the
 next attempt is scheduled in the future; waiting per child opens one websocket each, so all are read in one call.
+
+A run that another sweep's parent started for an equal job is shared: waited for, and cancelled by nobody but its own sweep.
 """
 
 import asyncio
@@ -24,13 +26,13 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling
 
-from stockpot.errors import BadRequest
+from stockpot.errors import BadRequest, DeviceBusy
 
 PAGE = 200
 """Flow runs the API returns at once."""
@@ -80,16 +82,22 @@ class Outcome:
     job: Job
     flow_run_id: UUID | None = None
     """None before it is dispatched, and for ever where it is not needed."""
-    after: UUID | None = None
-    """The last run of this job that had ended when its parent looked around."""
+    own: bool = True
+    """Whether the run wears this job's tags, and not those of another sweep."""
     attempt: int = 1
-    """Runs it has had, this one included."""
+    """Runs it has had, this one included, whichever parent started them."""
     fruitless: int = 0
-    """Of these, how many ended without having got further than those before."""
+    """How many of them ended, while this parent looked on, without having got further than those before."""
     progress: int = 0
+    """How far it had come when its run was started, or adopted."""
     state: str = "open"
     reason: str = ""
     picked_up: bool = False
+
+    def follow(self, run: FlowRun) -> None:
+        """Let this be the job's run from now on."""
+        self.flow_run_id, self.attempt = run.id, int(run.parameters.get("attempt", 1))
+        self.own = set(self.job.tags) <= set(run.tags)
 
 
 async def run_to_end(
@@ -106,10 +114,10 @@ async def run_to_end(
     """Dispatch every job from the current flow run and wait until each has finished, failed for good, or the deadline has passed.
 
     A crashed or unexpectedly failed run is started again after `retry_delay_s`, until `attempts` runs have ended without getting further
-    (by `progress`, see `Retries`) or it was started `starts` times; a stated failure (a failed state with a name of its own) and a run
-    cancelled here or by hand are final. At the deadline what still runs is cancelled and counted as late. `on_change` is awaited with all
-    outcomes once they are dispatched and whenever one of them changed; `enough` before anything is dispatched and then likewise: when it
-    gives a reason, jobs that no worker has taken are not needed, and those that one has are seen through.
+    (by `progress`, see `Retries`) or it was started `starts` times, by whichever parent; a stated failure (a failed state with a name of
+    its own) and a run cancelled here or by hand are final. At the deadline what still runs is cancelled and counted as late. `on_change`
+    is awaited with all outcomes once they are dispatched and whenever one of them changed; `enough` before anything is dispatched and then
+    likewise: when it gives a reason, jobs that no worker has taken are not needed, and those that one has are seen through.
     """
     started = time.monotonic()
     told = False
@@ -117,11 +125,11 @@ async def run_to_end(
     async with get_client() as client:
         jobs = tuple(jobs)
         left = await _patiently(lambda: _left_behind(client, jobs))
-        outcomes = [_adopted(job, left.get(job.tag)) for job in jobs]
+        outcomes = list(await asyncio.gather(*(_adopted(job, left.get(job.tag), retries) for job in jobs)))
         await _spare(client, outcomes, enough)
         for one in outcomes:
             if one.state == "open" and one.flow_run_id is None:
-                one.flow_run_id = (await _submit(one.job, 1, one.after)).id
+                one.follow(await _submit(one.job, left.get(one.job.tag), retries.delay_s))
         if on_change:
             await _patiently(lambda: on_change(outcomes))
         while waiting := [one for one in outcomes if one.state == "open"]:
@@ -167,10 +175,16 @@ async def _left_behind(client: PrefectClient, jobs: tuple[Job, ...]) -> dict[str
     return {tag: run for run in in_order for tag in wanted & set(run.tags)}
 
 
-def _adopted(job: Job, run: FlowRun | None) -> Outcome:
-    if run is None or run.state_type not in _UNFINISHED or run.state_type == StateType.CANCELLING:
-        return Outcome(job, after=run.id if run else None)
-    return Outcome(job, run.id, picked_up=run.state_type != StateType.SCHEDULED)
+async def _adopted(job: Job, run: FlowRun | None, retries: Retries) -> Outcome:
+    """How a job stands whose latest run this is: what earlier runs came to is no merit of the next one."""
+    one = Outcome(job)
+    if run is None:
+        return one
+    one.progress = await _progress(job, retries)
+    if run.state_type in _UNFINISHED and run.state_type != StateType.CANCELLING:
+        one.follow(run)
+        one.picked_up = run.state_type != StateType.SCHEDULED
+    return one
 
 
 async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callable[[list[Outcome]], Awaitable[str | None]] | None) -> None:
@@ -183,15 +197,18 @@ async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callabl
     taken = {run.id for run in runs if run.state_type != StateType.SCHEDULED}
     spared = [one for one in idle if one.flow_run_id not in taken]
     for one in spared:
-        if one.flow_run_id:  # nothing of it runs, so nothing has to end first
+        if one.flow_run_id and one.own:  # nothing of it runs, so nothing has to end first
             await _patiently(partial(client.set_flow_run_state, one.flow_run_id, Cancelled(message=reason)))
         one.state, one.reason = "not needed", reason
 
 
-async def _submit(job: Job, attempt: int, after: UUID | None, delay_s: float = 0) -> FlowRun:
-    """The run of this job that follows `after`: made now, unless it is there, because another parent of the same job asked for it too."""
+async def _submit(job: Job, after: FlowRun | None, delay_s: float) -> FlowRun:
+    """The run of this job that follows `after`, `delay_s` after its end: made now, unless it is there, because another parent of the same
+    job asked for it too."""
+    now = datetime.now(UTC)
+    when = max(now, (after.end_time or now) + timedelta(seconds=delay_s)) if after else now
+    attempt = int(after.parameters.get("attempt", 1)) + 1 if after else 1
     try:
-        when = datetime.now(UTC) + timedelta(seconds=delay_s)
         return await _patiently(
             lambda: arun_deployment(
                 job.deployment,
@@ -199,7 +216,7 @@ async def _submit(job: Job, attempt: int, after: UUID | None, delay_s: float = 0
                 scheduled_time=when,
                 flow_run_name=job.name if attempt == 1 else f"{job.name}-attempt-{attempt}",
                 tags=[job.tag, *job.tags],
-                idempotency_key=f"{job.tag}:{after or 'first'}",
+                idempotency_key=f"{job.tag}:{after.id if after else 'first'}",
                 timeout=0,
             )
         )
@@ -226,18 +243,27 @@ async def _step(client: PrefectClient, outcomes: list[Outcome], retries: Retries
             one.state, one.reason = "finished", run.state.message or ""
             continue
         one.reason = run.state.message or run.state.name or "no reason given"
-        elsewhere = run.state.is_cancelled() and not set(one.job.tags) <= set(run.tags)  # by the other parent, whose run it was
-        if not elsewhere and (run.state.is_cancelled() or (run.state.is_failed() and run.state.name != "Failed")):
+        excused = _excused(one, run.state)
+        if not excused and (run.state.is_cancelled() or (run.state.is_failed() and run.state.name != "Failed")):
             one.state = "failed"
         else:
-            await _start_again(one, run, retries)
+            await _start_again(one, run, retries, excused)
     return changed
 
 
-async def _start_again(one: Outcome, ended: FlowRun, retries: Retries) -> None:
+def _excused(one: Outcome, state: State[Any]) -> bool:
+    """Whether a run ended by nothing that it did: all GPUs of its node were held, or the other sweep, whose run it was, cancelled it."""
+    return state.name == DeviceBusy.__name__ or (state.is_cancelled() and not one.own)
+
+
+async def _progress(job: Job, retries: Retries) -> int:
+    return await retries.progress(job) if retries.progress else 0
+
+
+async def _start_again(one: Outcome, ended: FlowRun, retries: Retries, excused: bool) -> None:
     """The job's next run, or its end: a run that got further, as one that was preempted or had its time did, is held against nobody."""
-    before, one.progress = one.progress, max(one.progress, await retries.progress(one.job) if retries.progress else 0)
-    one.fruitless += one.progress <= before
+    before, one.progress = one.progress, max(one.progress, await _progress(one.job, retries))
+    one.fruitless += one.progress <= before and not excused
     if one.fruitless >= retries.attempts or one.attempt >= retries.starts:
         counted = f"attempt {one.fruitless} of {retries.attempts}" if one.fruitless >= retries.attempts else f"started {one.attempt} times"
         one.state, one.reason = "failed", f"{one.reason} ({counted})"
@@ -246,8 +272,7 @@ async def _start_again(one: Outcome, ended: FlowRun, retries: Retries) -> None:
         "%s: %s Attempt %d starts in %g s; %d of %d ended without getting further.",
         *(one.job.name, one.reason, one.attempt + 1, retries.delay_s, one.fruitless, retries.attempts),
     )
-    one.flow_run_id = (await _submit(one.job, one.attempt + 1, ended.id, retries.delay_s)).id
-    one.attempt += 1
+    one.follow(await _submit(one.job, ended, retries.delay_s))
 
 
 async def _read(client: PrefectClient, ids: list[UUID]) -> list[FlowRun]:
@@ -274,7 +299,8 @@ async def _patiently(call: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 async def _give_up(client: PrefectClient, waiting: list[Outcome], reason: str) -> None:
-    await cancel_runs(client, [one.flow_run_id for one in waiting if one.flow_run_id])
+    """A run of another sweep goes on for it."""
+    await cancel_runs(client, [one.flow_run_id for one in waiting if one.flow_run_id and one.own])
     for one in waiting:
         one.state, one.reason = "late", reason
 

@@ -6,7 +6,7 @@ from prefect import get_run_logger, runtime, task
 
 from stockpot.config import Trial
 from stockpot.devices import claimed_gpus
-from stockpot.errors import Transient
+from stockpot.errors import StockpotError
 from stockpot.outcomes import Ingredient
 from tasks.dispatching import Job
 
@@ -21,11 +21,12 @@ def finetune_trial(trial: Trial, attempt: int) -> Ingredient:
 
 
 async def trial_progress(job: Job) -> int:
-    """How far the trial of a job has come; 0 while the store does not answer. No task: it is asked once for every run that ended early."""
+    """How far the trial of a job has come; 0, said in the log, where the store does not tell. No task: it is asked once for every run that
+    was adopted, or ended early."""
     from stockpot.training import journal
 
     try:
         return await asyncio.to_thread(journal.progress, Trial.model_validate(job.parameters["trial"]))
-    except Transient as error:
-        get_run_logger().warning("%s: how far it got cannot be told (%s); this start counts as an attempt.", job.name, error)
+    except (StockpotError, ValueError) as error:  # ValueError: an entry of another version
+        get_run_logger().warning("%s: how far it got cannot be told (%s), and counts as nothing.", job.name, error)
         return 0

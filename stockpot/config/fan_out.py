@@ -35,11 +35,15 @@ class FanOutSpec(Closed):
         ge=1,
         le=20,
         description="How many of a trial's starts may end without having got further (by its training states) before it counts as failed: "
-        "a preemption, or the end of `budget_s`, is held against no trial that moved on. One that fails by its own fault (bad numbers, bad "
-        "data) is not started again.",
+        "a preemption, or the end of `budget_s`, is held against no trial that moved on, nor is a node whose GPUs are all held. Counted "
+        "anew when the request is run again. One that fails by its own fault (bad numbers, bad data) is not started again.",
     )
     starts: int = Field(
-        100, ge=1, le=10_000, description="How often a trial is started at the most, those starts included after which it had got further."
+        100,
+        ge=1,
+        le=10_000,
+        description="How often a trial is started at the most, whatever its starts came to, earlier runs of the request included; one that "
+        "has had them all is started once more whenever the request is run again.",
     )
     state_interval_s: int = Field(
         300,

@@ -1,5 +1,5 @@
 """Promise: a sweep's trials are each brought to an end. A crash is tried again, later and not for ever; a trial's own fault is final;
-a deadline cancels what still runs; runs that an earlier parent left behind are waited for, not doubled.
+a deadline cancels what still runs of its own sweep; runs that an earlier parent left behind are waited for, not doubled.
 
 A real Prefect server and its real API; the worker is played by the test, which sets the states a worker would report.
 """
@@ -68,18 +68,36 @@ def test_a_crash_is_tried_again_after_the_delay(server):
     assert dict(delays)["job-1-attempt-2"] > 2
 
 
-def test_attempts_end_where_nothing_got_further_and_starts_wherever(server):
-    """Job 1 gets further in its first run alone, job 2 in every one."""
-    came = {"job-1": iter([7, 7, 7]), "job-2": iter([1, 2, 3])}
+def test_attempts_end_where_nothing_got_further_and_starts_wherever_also_across_parents(server):
+    """All jobs crashed after 7 steps while no parent looked on. Then job 1 gets no further, job 2 in every run, and job 3 finds all GPUs of
+    its node held once."""
+    steps = {"job-1": iter([7, 7]), "job-2": iter([7, 8, 9]), "job-3": iter([7, 7])}
+    wanted = jobs(1, 2, 3, sweep="away")
 
     async def progress(job):
-        return next(came[job.name])
+        return next(steps[job.name])
 
-    script = {name: [Crashed(message="exit code -9")] * 3 for name in came}
-    outcomes, _ = asyncio.run(run("again", script, attempts=2, starts=3, retry_delay_s=0, progress=progress))
-    assert {name: (one.state, one.attempt) for name, one in outcomes.items()} == {"job-1": ("failed", 3), "job-2": ("failed", 3)}
-    assert outcomes["job-1"].reason == "exit code -9 (attempt 2 of 2)"
-    assert outcomes["job-2"].reason == "exit code -9 (started 3 times)"
+    @flow
+    async def lost_parent():
+        for job in wanted:
+            await dispatching._submit(job, None, 0)
+
+    @flow
+    async def next_parent():
+        return await run_to_end(wanted, attempts=1, starts=3, retry_delay_s=60, progress=progress)
+
+    async def scenario():
+        crash, busy = Crashed(message="exit code -9"), Failed(name="DeviceBusy", message="2 of 2 GPUs of this node are held")
+        await lost_parent()
+        await play("away", {f"job-{n}": [crash] for n in (1, 2, 3)})
+        script = {"job-1": [crash], "job-2": [crash, crash], "job-3": [busy, Completed(message="done")]}
+        return await asyncio.gather(next_parent(), play("away", script))
+
+    outcomes, delays = asyncio.run(scenario())
+    assert [(one.state, one.attempt) for one in outcomes] == [("failed", 2), ("failed", 3), ("finished", 3)]
+    assert [one.reason for one in outcomes] == ["exit code -9 (attempt 1 of 1)", "exit code -9 (started 3 times)", "done"]
+    assert len(delays) == 5
+    assert all(delay > 10 for _, delay in delays), "an instant retry can kill the worker"
 
 
 @pytest.mark.slow
@@ -144,7 +162,7 @@ def test_runs_of_an_earlier_parent_are_waited_for_not_doubled(server):
 
         @flow
         async def lost_parent():
-            await dispatching._submit(wanted[0], 1, None)
+            await dispatching._submit(wanted[0], None, 0)
 
         @flow
         async def next_parent():
@@ -165,6 +183,39 @@ def test_runs_of_an_earlier_parent_are_waited_for_not_doubled(server):
     outcomes, everything = asyncio.run(scenario())
     assert [one.state for one in outcomes] == ["finished"]
     assert len(everything) == 1
+
+
+def test_who_has_had_enough_of_the_run_of_another_sweep_leaves_it_to_that(server):
+    """It is late for one sweep, not needed by a second, and finished for its own, which allows it no second attempt."""
+    (job,) = jobs(1, sweep="lent")
+    dispatched, left = asyncio.Event(), []
+
+    @flow
+    async def owner():
+        async def note(_outcomes):
+            dispatched.set()
+
+        return await run_to_end([job], attempts=1, retry_delay_s=1, on_change=note)
+
+    async def enough(_outcomes):
+        return "enough is enough"
+
+    @flow
+    async def guest(name, **has_had_enough):
+        return await run_to_end([replace(job, tags=(f"sweep:{name}",))], attempts=1, retry_delay_s=1, **has_had_enough)
+
+    async def guests_then_worker():
+        await dispatched.wait()
+        left.extend(await guest("content", enough=enough) + await guest("hasty", deadline_s=0))
+        await play("lent", {"job-1": [Completed(message="done")]})
+
+    async def scenario():
+        return (await asyncio.gather(owner(), guests_then_worker()))[0]
+
+    (own,) = asyncio.run(scenario())
+    assert [one.state for one in left] == ["not needed", "late"]
+    assert {one.flow_run_id for one in left} == {own.flow_run_id}
+    assert (own.state, own.reason, own.attempt) == ("finished", "done", 1)
 
 
 def test_what_no_worker_has_taken_is_not_needed_once_there_is_enough(server):
@@ -208,7 +259,7 @@ def test_where_there_is_enough_before_nothing_is_dispatched_and_what_runs_is_wai
 
     @flow
     async def lost_parent():
-        await dispatching._submit(jobs(1, sweep="enough")[0], 1, None)
+        await dispatching._submit(jobs(1, sweep="enough")[0], None, 0)
 
     @flow
     async def next_parent():
@@ -236,8 +287,8 @@ def test_who_asks_for_the_same_run_of_a_job_gets_one_run(server):
 
     @flow
     async def parent():
-        first = {(await dispatching._submit(wanted, 1, None)).id for _ in range(2)}
-        return first | {(await dispatching._submit(wanted, 2, next(iter(first)))).id}
+        one, again = [await dispatching._submit(wanted, None, 0) for _ in range(2)]
+        return {one.id, again.id, (await dispatching._submit(wanted, one, 0)).id}
 
     async def scenario():
         return await asyncio.gather(parent(), parent())
