@@ -18,11 +18,13 @@ from stockpot.config import GateSpec, SoupSpec
 from stockpot.errors import ServerUnreachable
 from stockpot.ledger import champions, packaging, registry, tracking
 from stockpot.ledger.connection import client, experiment, of_kind, search_runs
-from stockpot.outcomes import SoupReport
+from stockpot.ledger.stored import delete_stored, stored_bytes
+from stockpot.outcomes import Ingredient, SoupReport
 from stockpot.release import releasing
 from stockpot.release.explaining import reproduce
 from stockpot.soup import souping
 from stockpot.soup.souping import cook
+from stockpot.storage import list_prefix
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import free_port, mlflow_server
 from tests.object_store import ObjectStore
@@ -45,6 +47,10 @@ class Surroundings:
     def address(self) -> str:
         return f"http://127.0.0.1:{self._ports['ledger']}"
 
+    @property
+    def artifacts(self) -> str:
+        return self._store.uri(f"mlflow-{self._ports['ledger']}")
+
     def start(self, name: str) -> None:
         self._up[name] = ExitStack()
         if name == "store":
@@ -52,8 +58,7 @@ class Surroundings:
         else:
             environ = {**self._store.environ, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._ports['store']}", "AWS_MAX_ATTEMPTS": "1",
                        "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{self._ports['store']}"}  # fmt: skip
-            destination = self._store.uri(f"mlflow-{self._ports['ledger']}")
-            self._up[name].enter_context(mlflow_server(self._root, self._ports["ledger"], destination, environ))
+            self._up[name].enter_context(mlflow_server(self._root, self._ports["ledger"], self.artifacts, environ))
 
     def stop(self, name: str) -> None:
         if up := self._up.pop(name, None):
@@ -141,6 +146,22 @@ def test_a_soup_interrupted_before_every_step_is_cooked_once_and_scores_nothing_
     stored = [one for one in client().search_logged_models([experiment(report.model)]) if "stockpot.stored_soup" in one.tags]
     assert [one.model_id for one in stored] == [report.model_id]
     assert len(search_runs([experiment(report.model)], of_kind("soup", sweep.id), "attributes.start_time")) == 1
+
+
+def test_what_is_deleted_takes_no_room_in_the_object_store(
+    ground: Ground, s3: ObjectStore, surroundings: Surroundings, tmp_path: Path
+) -> None:
+    sweep = tiny_sweep(ground, f"outages-{uuid4().hex[:8]}", 2)
+    tracking.open_sweep(sweep)
+    one, other = finish_trials(ground, sweep, tmp_path)
+
+    def bytes_of(ingredient: Ingredient) -> int:
+        return sum(stored.size for stored in list_prefix(surroundings.artifacts) if ingredient.model_id in stored.uri)
+
+    kept = bytes_of(other)
+    assert bytes_of(one) == stored_bytes(one.model_id) > 0
+    delete_stored(one.model_id, "ingredient")
+    assert (bytes_of(one), bytes_of(other)) == (0, kept)
 
 
 def released_in_a_process(report: SoupReport, environ: dict[str, str]) -> tuple[int, bool]:
