@@ -1,8 +1,10 @@
 """The linear probe: the head that fits the base model's features of the train split best, which most of the paper's sweeps start from.
 
-Features are computed once a node for (snapshot, body, transform, device) and kept (`data.feature_store`), so that another head over the
-same base costs no forward pass. The fit is strictly convex and solved until its slope vanishes, in float64: no seed and no step count
-decides it.
+Features are computed once a node for (snapshot, body, transform) and kept (`data.feature_store`), so that another head over the same base
+costs no forward pass. A GPU and a CPU round differently; what either computed is taken by the other, also where one goes on with what the
+other began. The fit is strictly convex and solved until its slope vanishes, in float64: no seed and no step count decides it.
+
+A GPU is held while features are computed, and the same again while the head is fitted; who waits for another's features holds none.
 
 Memory, whatever the number of samples: `ROOM` bytes for those that are looked at together, and in float64 some `2 * HISTORY + 6` heads.
 Features are memory-mapped: the system takes their pages back when it needs them. For 1.2 million samples of 768 features and 1000 classes
@@ -79,13 +81,13 @@ def probed(
         TrainReader, snapshot, preprocess=model.config.preprocess, augment=None, batch_size=min(BATCH, samples), seed=0, shuffled=False,
         loader_workers=loader_workers, skip_fraction=skip_fraction, reading=reading, say=say,
     )  # fmt: skip
+    rows_ND, unreadable = _features(model, snapshot, read, say)
+    _require_readable(len(unreadable), samples, skip_fraction)
+    labels_N = snapshot.index.rows["label"][first : first + samples].astype(np.int64)
+    labels_N[unreadable] = IGNORED
+    length = _mean_length(rows_ND, samples - len(unreadable))
+    unit = 1.0 if model.config.kind == "open_clip" else length
     with _own_device(say) as device:
-        rows_ND, unreadable = _features(model, snapshot, read, device, say)
-        _require_readable(len(unreadable), samples, skip_fraction)
-        labels_N = snapshot.index.rows["label"][first : first + samples].astype(np.int64)
-        labels_N[unreadable] = IGNORED
-        length = _mean_length(rows_ND, samples - len(unreadable))
-        unit = 1.0 if model.config.kind == "open_clip" else length
         return linear_probe(rows_ND, labels_N, weight_CD, bias_C, unit=unit, device=device, say=say)
 
 
@@ -153,18 +155,23 @@ def _slope(head_CD: Tensor) -> float:
     return float(head_CD.grad.abs().max()) if head_CD.grad is not None else 0.0
 
 
-def _features(model: Classifier, snapshot: Snapshot, read: Callable[[], TrainReader], device: str, say: Say) -> Rows:
-    """The features of train, those of this node where it has them. A body's own words on fixed inputs tell whether it has them: they
-    change with whatever changes the numbers, be it a weight, a library, the device or how many threads compute."""
+def _features(model: Classifier, snapshot: Snapshot, read: Callable[[], TrainReader], say: Say) -> Rows:
+    """The features of train, those of this node where it has them. What the body says on the CPU to fixed inputs tells whether it has them:
+    it changes with whatever changes the numbers on this node, be it a weight, a library or how many threads compute."""
     preprocess = model.config.preprocess
-    told_PD = features(model, probes(preprocess), preprocess, device=device)
-    told = hashlib.sha256(told_PD.numpy().tobytes()).hexdigest()
+    told = hashlib.sha256(features(model, probes(preprocess), preprocess).numpy().tobytes()).hexdigest()
     decided_by = [snapshot.digest, "train", body_digest(model), told, transform_digest(preprocess), DECODERS]
     shape = (snapshot.counts["train"], model.head.in_features)
-    try:
-        return stored_rows(f"{snapshot.digest[:12]}-{short(decided_by)}", shape, lambda first: _pieces(model, read(), device, say, first))
-    finally:
-        model.cpu()
+    return stored_rows(f"{snapshot.digest[:12]}-{short(decided_by)}", shape, lambda first: _computed(model, read, say, first))
+
+
+def _computed(model: Classifier, read: Callable[[], TrainReader], say: Say, first: int) -> Iterator[Piece]:
+    """The features from sample `first` on, computed on a device that is held meanwhile."""
+    with _own_device(say) as device:
+        try:
+            yield from _pieces(model, read(), device, say, first)
+        finally:
+            model.cpu()
 
 
 def _pieces(model: Classifier, reader: TrainReader, device: str, say: Say, first: int) -> Iterator[Piece]:
@@ -218,6 +225,7 @@ def _own_device(say: Say) -> Iterator[str]:
             say(f"The linear probe is computed on the CPU: {error}")
             held = ()
         yield "cuda" if held and torch.cuda.is_available() else "cpu"
+        torch.cuda.empty_cache()  # whoever holds the GPU next needs its memory
 
 
 def _now_and_then(say: Say) -> Say:

@@ -5,6 +5,8 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
 from stockpot.config import BaseSpec, InitSpec
+from stockpot.data.node_cache import locked
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
@@ -50,9 +53,35 @@ def test_another_head_over_the_same_base_costs_no_forward_pass(base, ground, nod
     with pytest.raises(TypeError):  # another body, so its features are others
         head_of(base, ground.data.snapshot, tmp_path / "one", InitSpec(seed=1))
     own = probing.features
+    monkeypatch.setattr(probing, "features", lambda *given, **more: own(*given, **more) * (1 + 1e-6 * ("device" in more)))
+    head_of(base, ground.data.snapshot, tmp_path / "one", InitSpec(templates=("one {}.",)))  # on a device that rounds otherwise
     monkeypatch.setattr(probing, "features", lambda *given, **more: own(*given, **more) * (1 + 1e-6))
-    with pytest.raises(TypeError):  # the same body on a device, or under a library, that computes otherwise
-        head_of(base, ground.data.snapshot, tmp_path / "one", InitSpec(templates=("one {}.",)))
+    with pytest.raises(TypeError):  # the same body under a library that computes otherwise
+        head_of(base, ground.data.snapshot, tmp_path / "one", InitSpec(templates=("an {}.",)))
+
+
+def test_a_gpu_is_held_for_features_and_for_the_fit_but_not_while_another_process_computes(base, ground, node, tmp_path, monkeypatch):
+    claims, held = [], []
+
+    @contextmanager
+    def claimed():
+        claims.append(len(held))
+        held.append("gpu")
+        yield ("0",)
+        held.pop()
+
+    monkeypatch.setattr(probing, "claimed_gpus", claimed)
+    head_of(base, ground.data.snapshot, tmp_path / "one")
+    assert (claims, held) == ([0, 0], [])
+    (lock,) = node.glob("features/*.lock")
+    spec = InitSpec(templates=("a {} thing.",))
+    with ThreadPoolExecutor(1) as other:
+        with locked(lock):
+            waiting = other.submit(head_of, base, ground.data.snapshot, tmp_path / "one", spec)
+            assert wait([waiting], timeout=1).not_done
+            assert claims == [0, 0]
+        waiting.result()
+    assert claims == [0, 0, 0]
 
 
 def test_the_probe_is_the_same_to_the_bit_on_another_node(base, ground, monkeypatch, tmp_path):
