@@ -21,7 +21,8 @@ from stockpot.data.splits import SplitSpec
 from stockpot.digests import digest
 from stockpot.evaluation import accuracy, features, logits
 from stockpot.fields import Closed
-from stockpot.ledger import tracking
+from stockpot.ledger import recording, tracking
+from stockpot.ledger.recording import Made
 from stockpot.ledger.trial_log import TrialLog
 from stockpot.models.bodies import body_digest
 from stockpot.models.classifier import Classifier, ModelConfig, build
@@ -150,9 +151,15 @@ def finish_trial(
     write_model(place, model)
     save_weights(place / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
     (place / "card.json").write_text("{}")
-    with TrialLog(sweep.trials[index]) as log:
-        score = accuracy(logits_NC, held_out.labels)
-        return log.record_ingredient(place, score, transform_digest=held_out.transform_digest, seconds=1.0)
+    with TrialLog(sweep.trials[index], claim=1) as log:
+        return record_ingredient(log, Made(place, accuracy(logits_NC, held_out.labels), held_out.transform_digest, seconds=1.0))
+
+
+def record_ingredient(log: TrialLog, made: Made) -> Ingredient:
+    """Store what a trial made and publish it at once, as if nobody else could be running it."""
+    ingredient = recording.store(log.trial, log.mlflow_run_id, made)
+    recording.publish(log.trial, ingredient)
+    return ingredient
 
 
 def _init(snapshot: PinnedSnapshot, config: ModelConfig) -> Classifier:

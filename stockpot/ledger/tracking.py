@@ -39,6 +39,7 @@ from stockpot.ledger.connection import (
     sweep_run,
 )
 from stockpot.ledger.limits import RUN_TAG, shortened
+from stockpot.ledger.standing import stand_finished
 from stockpot.outcomes import Enough, Ingredient, SoupReport, SweepSummary
 
 __all__ = ["check_server", "close_sweep", "fetch_ingredient", "find_ingredient", "find_ingredients", "list_sweeps",
@@ -82,7 +83,7 @@ def close_sweep(sweep_id: str, status: Status, counts: dict[str, int]) -> None:
         sweep = sweep_run(sweep_id)
         for run in search_runs([sweep.info.experiment_id], of_kind("trial", sweep_id) + RUNNING, "attributes.start_time"):
             if run.data.tags["stockpot.trial"] in done:
-                client().set_terminated(run.info.run_id, "FINISHED")
+                stand_finished(run)
         mlflow_run_id = str(sweep.info.run_id)
         now = now_ms()
         client().log_batch(mlflow_run_id, metrics=[Metric(f"sweep/{name}", value, now, 0) for name, value in counts.items()])
@@ -127,7 +128,7 @@ def read_endings(sweep_id: str) -> dict[str, tuple[str, str]]:
     """How each trial of a sweep that was started for it stands, by trial id: its run's status and, where it failed, the reason."""
     with asking():
         home = sweep_run(sweep_id).info.experiment_id
-        runs = search_runs([home], of_kind("trial", sweep_id), "attributes.start_time")
+        runs = search_runs([home], of_kind("trial", sweep_id), "attributes.start_time DESC")  # the oldest of a trial's has the word
     return {run.data.tags["stockpot.trial"]: (str(run.info.status), run.data.tags.get("stockpot.reason", "")) for run in runs}
 
 

@@ -1,8 +1,7 @@
-"""One trial's run in the ledger while it trains: parameters, curves and, last, the ingredient. What a run or an ingredient is in MLflow is
-told in `tracking`.
+"""One trial's run in the ledger while it trains: its parameters, its curves and how it ends. What a run is in MLflow is told in `tracking`,
+how an ingredient comes into it in `recording`.
 """
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,21 +11,16 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException, RestException
 
 from stockpot.config import Trial
 from stockpot.errors import BudgetSpent, ServerRefused, ServerUnreachable
-from stockpot.ledger import recording
 from stockpot.ledger.connection import asking, check_server, client, create_child, find_run
-from stockpot.ledger.recording import Made
 from stockpot.ledger.sampling import Sampler
 from stockpot.ledger.spool import Point, Spool, replay
+from stockpot.ledger.standing import stand
 from stockpot.ledger.tracking import dataset, flow_tags, now_ms
-from stockpot.outcomes import Accuracy, Ingredient
-
-STANDS = "stockpot.stands."
-"""With the number of an attempt's claim behind it: the tag that says how that attempt stands."""
 
 REASON = 3000
 """Characters of a reason that are kept: with all that is escaped it must fit into a run's tag."""
@@ -48,7 +42,7 @@ class TrialLog:
         attempt: int = 1,
         say: Callable[[str], None] = lambda _line: None,
         *,
-        claim: int = 1,
+        claim: int,
     ) -> None:
         self.trial = trial
         self._say = say
@@ -81,37 +75,23 @@ class TrialLog:
             self._say(f"trial {self.trial.id} ended {status}, which its run does not say yet: {silence}")
 
     def _run(self) -> Run:
-        """The trial's run, created where there is none. Of two attempts that create one at once, who sees the other's takes that."""
+        """The trial's run, created where there is none. Of those that attempts created at once the oldest stays, or of equally old ones the
+        one of the lowest id, as MLflow orders them; each attempt deletes no other than its own."""
         trial = self.trial
         condition = f" and tags.`stockpot.trial` = '{trial.id}'"
+        if found := find_run(trial.model, "trial", trial.sweep_id, condition):
+            return found
         tags = {"stockpot.trial": trial.id, "stockpot.index": str(trial.index)}
-        while True:
-            if found := find_run(trial.model, "trial", trial.sweep_id, condition):
-                return found
-            made = create_child(trial.model, f"trial {trial.index:03d} {trial.id}", "trial", trial.sweep_id, tags)
-            if not find_run(trial.model, "trial", trial.sweep_id, f"{condition} and attributes.run_id != '{made.info.run_id}'"):
-                return made
-            client().delete_run(made.info.run_id)
+        made = create_child(trial.model, f"trial {trial.index:03d} {trial.id}", "trial", trial.sweep_id, tags)
+        first = find_run(trial.model, "trial", trial.sweep_id, condition)
+        if first is None or first.info.run_id == made.info.run_id:
+            return made
+        client().delete_run(made.info.run_id)
+        return first
 
     def _stand(self, status: str, reason: str = "", undelivered: int = 0) -> None:
-        """Say how this attempt stands, under a tag of its own, and make the run stand as its latest attempt says.
-
-        MLflow has no compare-and-set. So whoever writes reads again, until the run is as its tags say: the last to write has seen what all
-        others said, and an attempt that was overtaken puts right what it has overwritten.
-        """
-        ledger, run_id = client(), self.mlflow_run_id
-        said = {**self._about, "status": status, "stockpot.reason": reason, "stockpot.undelivered_points": str(undelivered)}
-        ledger.set_tag(run_id, f"{STANDS}{self._claim:010d}", json.dumps(said, ensure_ascii=False))
-        while True:
-            run = ledger.get_run(run_id)
-            latest = json.loads(run.data.tags[max(name for name in run.data.tags if name.startswith(STANDS))])
-            wanted = latest.pop("status")
-            if run.info.status != wanted:
-                ledger.update_run(run_id, wanted) if wanted == "RUNNING" else ledger.set_terminated(run_id, wanted)
-            elif latest.items() <= run.data.tags.items():
-                return
-            else:
-                ledger.log_batch(run_id, tags=[RunTag(name, value) for name, value in latest.items()])
+        said = {**self._about, "stockpot.reason": reason, "stockpot.undelivered_points": str(undelivered)}
+        stand(self.mlflow_run_id, self._claim, status, said)
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; those of an earlier attempt stay as they are. Raises `ServerUnreachable`."""
@@ -125,15 +105,6 @@ class TrialLog:
         """Keep one value per curve (`train/loss`, `held_out/accuracy`) at an optimiser step: returns at once, whatever the network does."""
         now = now_ms()
         self._spool.add([Point(name, float(value), now, step) for name, value in values.items()])
-
-    def record_ingredient(
-        self, folder: Path, held_out: Accuracy, *, transform_digest: str, seconds: float, step: int = 0, ema_decay: float = 0.0
-    ) -> Ingredient:
-        """Store what a trial made and publish it at once: for a trial that nobody else can be running. See `recording`."""
-        made = Made(folder, held_out, transform_digest, seconds, step, ema_decay)
-        ingredient = recording.store(self.trial, self.mlflow_run_id, made)
-        recording.publish(self.trial, ingredient)
-        return ingredient
 
     def _send(self, points: list[Point]) -> None:
         _send_points(self.mlflow_run_id, points)

@@ -2,8 +2,8 @@
 so the next may run on another worker. Who may write, and what stands, is the journal's to decide.
 
 `{store}/training/{model}/{trial}/` holds the journal's entries and, named by the last of them, at most one state of each attempt:
-`state-{claim}-{start of its sha256}.safetensors`, which counts from the moment an entry names it. Once the trial has ended one entry
-remains, which refuses whoever is still at work.
+`state-{claim}-{start of its sha256}.safetensors`, which counts from the moment an entry names it. No state outlives the entry that counts
+the trial's own ingredient, its last: whatever happens then, one entry remains, which refuses whoever is still at work.
 """
 
 import time
@@ -70,8 +70,10 @@ class Attempt:
         return self.journal.standing.ingredients
 
     def record(self, ingredient: Ingredient) -> None:
-        """Let an ingredient, whose files the ledger has, count as the trial's from now on."""
-        self.journal.write(lambda standing: {"ingredients": {**standing.ingredients, ingredient.trial_id: ingredient}})
+        """Let an ingredient, whose files the ledger has, count as the trial's from now on. With its own, the last, nothing is left to
+        train, and its training state is forgotten: of a trial that the ledger shows as finished there is no further attempt that would."""
+        last = {"state": None} if ingredient.trial_id == self.trial.id else {}
+        self.journal.write(lambda standing: {"ingredients": {**standing.ingredients, ingredient.trial_id: ingredient}, **last})
 
     def finish(self) -> None:
         """End the trial: its ingredients are in the ledger, and are found there from now on. A later attempt ends it itself."""

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stockpot.outcomes import Accuracy
+from stockpot.training.journal import FINISHED
 
 Weights = dict[str, Tensor]
 State = dict[str, Tensor]
-FINISHED = 99_999_999
-"""The step of a state whose training has ended, beyond any that is trained: resumed, it only hands over its candidates."""
 Score = Callable[[nn.Module], Accuracy]
 """A model's accuracy on held_out."""
 

@@ -21,6 +21,9 @@ from stockpot.errors import ObjectExists, ObjectMissing, TrialFailed
 from stockpot.fields import Closed
 from stockpot.outcomes import Ingredient
 
+FINISHED = 99_999_999
+"""The step of a state whose training has ended, beyond any that is trained: resumed, it only hands over its candidates."""
+
 
 class StateNote(Closed):
     """A training state that counts."""
@@ -52,9 +55,11 @@ def folder(trial: Trial) -> str:
 
 
 def progress(trial: Trial) -> int:
-    """How far a trial has come: the step of its training state, 0 without one, and its ingredients so far."""
+    """How far a trial has come: the step of its training state, 0 without one, the last once its own ingredient counts, and its ingredients
+    so far."""
     found = _last(folder(trial))[1]
-    return (found.state.step if found.state else 0) + len(found.ingredients)
+    step = FINISHED if trial.id in found.ingredients else found.state.step if found.state else 0
+    return step + len(found.ingredients)
 
 
 class Journal:
@@ -68,6 +73,7 @@ class Journal:
         self.root = folder(trial)
         self.number, self.standing = self._claimed()
         self.claim = self.number
+        self._forget(self.number, self.standing)  # what an attempt that was killed could not
 
     def _claimed(self) -> tuple[int, Standing]:
         while True:

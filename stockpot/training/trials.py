@@ -30,9 +30,10 @@ from stockpot.models.loading import load_state
 from stockpot.outcomes import Ingredient
 from stockpot.training import inits
 from stockpot.training.attempts import Attempt
-from stockpot.training.candidates import FINISHED, Candidate, finished
+from stockpot.training.candidates import Candidate, finished
 from stockpot.training.course import Start, train_on_place
 from stockpot.training.fitting import room_for
+from stockpot.training.journal import FINISHED
 from stockpot.training.preemption import deferred_sigterm
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trainer import Log
@@ -154,7 +155,7 @@ def _patiently(work: Callable[[], Ingredient], hold: Attempt, candidates: dict[f
         try:
             return work()
         except ServerUnreachable as error:
-            if candidates and not saved:
+            if candidates and not saved and hold.trial.id not in hold.recorded:
                 hold.save(FINISHED, finished(candidates))
                 saved = True
                 say(f"trial {hold.trial.index:02d} is trained and saved, and waits {PATIENCE_S:.0f} s for the ledger: {error}")

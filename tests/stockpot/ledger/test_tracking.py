@@ -1,23 +1,29 @@
 """Guards: the ledger finds a finished trial whatever sweep asks, a failed one says why, and a dead server is a sentence, not a stall."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+from mlflow.entities import Run
+from mlflow.tracking._tracking_service import client as mlflow_client
 from safetensors.torch import save_file
 
 from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, Sweep, SweepSpec
 from stockpot.errors import IngredientMismatch, RegistryError, ServerUnreachable, SweepMissing, TrialFailed
 from stockpot.ledger import tracking, trial_log
-from stockpot.ledger.connection import client
+from stockpot.ledger.connection import client, experiment, find_run, of_kind, search_runs
+from stockpot.ledger.recording import Made
 from stockpot.ledger.stored import delete_stored
 from stockpot.ledger.trial_log import TrialLog, replay_metrics
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.sweeps import plan
 from tests.faulty_proxy import faulty_proxy
 from tests.interrupting import Interrupting
+from tests.tiny_sweep import record_ingredient
 
 
 def sweep_of(model: str, trials: int = 2) -> Sweep:
@@ -43,7 +49,7 @@ def record(sweep: Sweep, index: int, folder: Path, width: int = 3, claim: int = 
         log.params(sweep.trials[index].settings.model_dump())
         log.metrics({"train/loss": 1.0}, step=0)
         log.metrics({"train/loss": 0.5}, step=1)
-        return log.record_ingredient(files(folder, index, width), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0, step=1)
+        return record_ingredient(log, Made(files(folder, index, width), Accuracy(correct=3, seen=4), "t", seconds=1.0, step=1))
 
 
 def seconds_of_a_hundred_steps(log: TrialLog) -> float:
@@ -101,7 +107,7 @@ def test_a_finished_trial_is_reused_by_another_sweep_of_the_model(sweep: Sweep, 
 
 
 def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tmp_path: Path) -> None:
-    log = TrialLog(sweep.trials[0])
+    log = TrialLog(sweep.trials[0], claim=1)
     with pytest.raises(TrialFailed), log:
         raise TrialFailed("The loss is NaN at step 3.")
     first = log.mlflow_run_id
@@ -112,7 +118,7 @@ def test_a_failed_attempt_says_why_and_the_next_reopens_its_run(sweep: Sweep, tm
 
 
 def test_an_attempt_that_was_replaced_no_longer_says_how_the_run_ends(sweep: Sweep, tmp_path: Path) -> None:
-    orphan = TrialLog(sweep.trials[0], attempt=1)
+    orphan = TrialLog(sweep.trials[0], claim=1)
     orphan.__enter__()
     run = record(sweep, 0, tmp_path, claim=2).mlflow_run_id
     error = TrialFailed("Replaced by a later attempt.")
@@ -125,7 +131,7 @@ def test_an_attempt_that_was_replaced_no_longer_says_how_the_run_ends(sweep: Swe
 def test_however_late_an_attempt_is_replaced_the_later_one_says_how_the_run_ends(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
-    early, made = TrialLog(sweep.trials[0]), []
+    early, made = TrialLog(sweep.trials[0], claim=1), []
     early.__enter__()
     replaced = Interrupting(monkeypatch, point, lambda: made.append(record(sweep, 0, tmp_path, claim=2)))
     error = TrialFailed("Anything.")
@@ -135,8 +141,45 @@ def test_however_late_an_attempt_is_replaced_the_later_one_says_how_the_run_ends
     assert (after.info.status, after.data.tags["stockpot.reason"]) == ("FINISHED", "")
 
 
+@pytest.mark.parametrize("point", range(3))
+def test_a_run_that_its_sweep_ends_is_not_reopened_by_an_earlier_attempt(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    """The latest attempt published the ingredient and died; the earlier one wakes up and fails while the sweep is closed."""
+    early, late = TrialLog(sweep.trials[0], claim=1), TrialLog(sweep.trials[0], claim=2)
+    early.__enter__()
+    late.__enter__()
+    run = record_ingredient(late, Made(files(tmp_path), Accuracy(correct=3, seen=4), "t", seconds=1.0)).mlflow_run_id
+    error = TrialFailed("Anything.")
+    woken = Interrupting(monkeypatch, point, lambda: early.__exit__(type(error), error, None))
+    tracking.close_sweep(sweep.id, "FINISHED", {"finished": 1})
+    assert woken.happened
+    after = client().get_run(run)
+    assert (after.info.status, after.data.tags["stockpot.reason"]) == ("FINISHED", "")
+    late._sampler.close()
+
+
+@pytest.mark.parametrize("clock", ["own", "same"])
+def test_of_two_first_attempts_at_once_both_write_to_one_run(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
+    """Each creates its run before the other looks, and has seen the other's before that may be deleted."""
+    both = threading.Barrier(2)
+
+    def look(*about: str) -> Run | None:
+        found = find_run(*about)
+        both.wait(30)
+        return found
+
+    monkeypatch.setattr(trial_log, "find_run", look)
+    if clock == "same":
+        monkeypatch.setattr(mlflow_client, "get_current_time_millis", lambda: 10**12)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(TrialLog(sweep.trials[0], claim=claim)._run) for claim in (1, 2)]
+    (left,) = search_runs([experiment(sweep.request.model)], of_kind("trial", sweep.id), "attributes.start_time")
+    assert [run.result().info.run_id for run in runs] == [left.info.run_id] * 2
+
+
 def test_points_of_a_trial_that_still_runs_are_left_to_it(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    with TrialLog(sweep.trials[0]) as log:
+    with TrialLog(sweep.trials[0], claim=1) as log:
         log.metrics({"train/loss": 1.0}, step=0)
         assert replay_metrics() == 0
     assert [point.value for point in client().get_metric_history(log.mlflow_run_id, "train/loss")] == [1.0]
@@ -152,7 +195,7 @@ def test_points_of_a_run_that_another_server_keeps_wait_for_it(ledger: str) -> N
 
 
 def test_an_interrupted_trial_is_killed_not_failed(sweep: Sweep) -> None:
-    with pytest.raises(KeyboardInterrupt), TrialLog(sweep.trials[0]) as log:
+    with pytest.raises(KeyboardInterrupt), TrialLog(sweep.trials[0], claim=1) as log:
         raise KeyboardInterrupt
     assert client().get_run(log.mlflow_run_id).info.status == "KILLED"
 
@@ -164,8 +207,8 @@ def test_an_incomplete_or_foreign_ingredient_is_named(sweep: Sweep, tmp_path: Pa
     with pytest.raises(IngredientMismatch, match="is gone"):
         tracking.fetch_ingredient(made.model_copy(update={"model_id": "m-0"}), tmp_path / "b")
     (tmp_path / "made" / "card.json").unlink()
-    with pytest.raises(IngredientMismatch, match=r"hands over no card\.json"), TrialLog(sweep.trials[1]) as log:
-        log.record_ingredient(tmp_path / "made", Accuracy(correct=1, seen=2), transform_digest="t", seconds=0.0)
+    with pytest.raises(IngredientMismatch, match=r"hands over no card\.json"), TrialLog(sweep.trials[1], claim=1) as log:
+        record_ingredient(log, Made(tmp_path / "made", Accuracy(correct=1, seen=2), "t", seconds=0.0))
 
 
 def test_no_server_is_one_sentence_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +227,9 @@ def test_metrics_and_the_ingredient_outlive_a_server_that_dies_before_the_end(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     said: list[str] = []
-    log = TrialLog(sweep.trials[0], say=said.append)
+    log = TrialLog(sweep.trials[0], say=said.append, claim=1)
     log.__enter__()
-    log.record_ingredient(files(tmp_path), Accuracy(correct=3, seen=4), transform_digest="t", seconds=1.0)
+    record_ingredient(log, Made(files(tmp_path), Accuracy(correct=3, seen=4), "t", seconds=1.0))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert seconds_of_a_hundred_steps(log) < 1
     log.__exit__(None, None, None)

@@ -17,7 +17,7 @@ from stockpot.errors import BadRequest, TrialFailed
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.settings import TrialSettings
 from stockpot.training.attempts import Attempt
-from stockpot.training.journal import Journal, progress
+from stockpot.training.journal import FINISHED, Journal, progress
 from tests.interrupting import Interrupting
 from tests.object_store import ObjectStore
 
@@ -150,16 +150,37 @@ def test_the_next_attempt_finds_what_was_saved_and_recorded(trial):
     early = Attempt(trial)
     assert early.resume() is None
     early.save(3, state(3))
-    early.record(ingredient(trial, "m"))
+    average = ingredient(trial, "m").model_copy(update={"trial_id": f"{trial.id}-ema-0.9"})
+    early.record(average)
     early.save(4, state(4))
     late = Attempt(trial)
     assert (step_of(late), progress(trial)) == (4, 5)
-    assert late.recorded == {trial.id: ingredient(trial, "m")}
+    assert late.recorded == {average.trial_id: average}
     with pytest.raises(TrialFailed):
         early.save(5, state(5))
     assert step_of(late) == 4
     late.finish()
     assert Attempt(trial).recorded == {}, "a trial that has ended is begun anew"
+
+
+def test_no_state_outlives_the_trials_own_ingredient(trial, monkeypatch):
+    """The ledger shows the trial as finished once that is published, so nobody may come after it to remove a state. Killed before it was
+    removed, and so before that, there is somebody."""
+
+    def killed(_uri: str) -> None:
+        raise KeyboardInterrupt
+
+    attempt = Attempt(trial)
+    attempt.save(FINISHED, state(3))
+    before = progress(trial)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            attempt.record(ingredient(trial, "m"))
+    assert progress(trial) > before
+    for last in (Attempt(trial), Attempt(trial)):
+        assert (last.resume(), last.recorded) == (None, {trial.id: ingredient(trial, "m")})
+    assert len(storage.list_prefix(f"{last.journal.root}/")) == 1
 
 
 def test_a_write_whose_answer_was_lost_is_made_again(trial, monkeypatch):
