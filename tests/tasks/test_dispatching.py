@@ -34,10 +34,10 @@ def jobs(*numbers, sweep):
 
 
 async def play(sweep, script, also="nothing"):
-    """Act as the worker: for each attempt of a job that appears, report the next state of its script."""
+    """Act as the worker: for each attempt of a job that appears, report the next state of its script. One that never appears is a fault."""
     scripts, seen = {name: list(states) for name, states in script.items()}, set()
     delays = []
-    async with get_client() as client:
+    async with asyncio.timeout(60), get_client() as client:
         while any(scripts.values()):
             for run in await unfinished_runs(client, f"sweep:{sweep}", also):
                 left = scripts.get(run.name.split("-attempt")[0])
@@ -84,7 +84,7 @@ def test_attempts_end_where_nothing_got_further_and_starts_wherever_also_across_
 
     @flow
     async def next_parent():
-        return await run_to_end(wanted, attempts=1, starts=3, retry_delay_s=60, progress=progress)
+        return await run_to_end(wanted, attempts=1, starts=3, retry_delay_s=60, progress=progress, deadline_s=60)
 
     async def scenario():
         crash, busy = Crashed(message="exit code -9"), Failed(name="DeviceBusy", message="2 of 2 GPUs of this node are held")
