@@ -17,7 +17,9 @@ GRACE_S = 45.0
 
 
 def leave(worker: psutil.Process, grace_s: float = GRACE_S) -> None:
-    """End a worker: its flow runs first, each told by SIGTERM and waited for, then the worker itself."""
+    """End a worker: its flow runs first, each told by SIGTERM and waited for, then the worker itself. It stands still meanwhile, or
+    it would start its next flow runs in the places that come free."""
+    worker.suspend()
     flow_runs = worker.children()  # not theirs: a trial's loaders and ranks leave with it
     for one in flow_runs:
         with suppress(psutil.NoSuchProcess):
@@ -26,6 +28,7 @@ def leave(worker: psutil.Process, grace_s: float = GRACE_S) -> None:
     while any(map(_lives, flow_runs)) and time.monotonic() < end:
         time.sleep(0.1)
     worker.terminate()
+    worker.resume()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,4 +1,5 @@
-"""Promise: a worker that is told to go lets its flow runs leave first, though by itself it would kill them on its way."""
+"""Promise: a worker that is told to go lets its flow runs leave first, though by itself it would kill them on its way, and
+starts no other."""
 
 import signal
 import subprocess
@@ -16,14 +17,15 @@ pathlib.Path(sys.argv[1], "running").touch()
 time.sleep(60)
 """
 WORKER = """
-import signal, subprocess, sys
+import pathlib, signal, subprocess, sys
 flow_run = subprocess.Popen([sys.executable, *sys.argv[1:]])
 def leave(number, frame):
     flow_run.kill()
     raise SystemExit(3)
 signal.signal(signal.SIGTERM, leave)
-while True:
-    signal.pause()
+flow_run.wait()
+pathlib.Path(sys.argv[-1], "next").touch()
+signal.pause()
 """
 SUPERVISED = "import sys; from deployments.worker import main; raise SystemExit(main(sys.argv[1:]))"
 
@@ -36,3 +38,4 @@ def test_flow_runs_leave_before_the_worker(tmp_path):
         supervised.send_signal(signal.SIGTERM)
         assert supervised.wait(30) == 3
     assert (tmp_path / "saved").read_text() == "state"
+    assert not (tmp_path / "next").exists()
