@@ -132,7 +132,7 @@ def running_environ(state: Path) -> dict[str, str]:
     return dict(running["environ"]) if alive(running) and running.get("ready") else {}
 
 
-def stop(state: Path, timeout_s: float = 40.0) -> bool:
+def stop(state: Path, timeout_s: float = 60.0) -> bool:
     """End the stack that is up, wherever it was started; False when none is. Raises `StackError` when processes are left."""
     running = read_running(state)
     if not alive(running):

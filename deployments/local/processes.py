@@ -12,8 +12,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from deployments.local import guardian
 from deployments.local.components import ROOT, Component, surroundings
+from deployments.worker import leave
 from stockpot.errors import StackError
 
 WATCH_S = 0.25
@@ -21,6 +24,8 @@ BACK_OFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_S = 60.0
 """A worker that ran this long starts again without delay."""
 LAST_LINES = 8
+LEAVE_S = 15.0
+"""How long a worker's flow runs may take to leave: a trial to save its state, a flow run to say how it ended."""
 
 
 class Supervisor:
@@ -84,12 +89,13 @@ class Supervisor:
             time.sleep(0.1)
 
     def end(self) -> None:
-        """End everything: workers first, so that no trial starts, then the servers; whatever has not gone in time is killed."""
+        """End everything: workers first, so that trials save their states and none starts, then the servers; whatever has not gone in
+        time is killed."""
         self._ending.set()
         self._watcher.join()
         workers = [name for name, component in self._components.items() if component.restarted]
-        self._terminate(workers, grace_s=2.0)
-        self._terminate([name for name in self._running if name not in workers], grace_s=2.0)
+        self._end(workers, _leave, grace_s=2.0)
+        self._end([name for name in self._running if name not in workers], subprocess.Popen.terminate, grace_s=2.0)
         left = guardian.sweep(self.mark)
         for process in self._running.values():
             process.wait()
@@ -143,16 +149,20 @@ class Supervisor:
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
         return "".join(f"\n    {line}" for line in lines or ["(it wrote none)"]) + f"\n    ({path})"
 
-    def _terminate(self, names: list[str], grace_s: float) -> None:
+    def _end(self, names: list[str], tell: Callable[[subprocess.Popen[bytes]], None], grace_s: float) -> None:
         for name in names:
             if name in self._running:
-                with suppress(ProcessLookupError):
-                    self._running[name].terminate()
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    tell(self._running[name])
         end = time.monotonic() + grace_s
         for name in names:
             if name in self._running:
                 with suppress(subprocess.TimeoutExpired):
                     self._running[name].wait(max(0.0, end - time.monotonic()))
+
+
+def _leave(worker: subprocess.Popen[bytes]) -> None:
+    leave(psutil.Process(worker.pid), LEAVE_S)
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:

@@ -103,6 +103,24 @@ def test_the_end_takes_grandchildren_in_other_sessions_too(stand: Stand) -> None
     assert guardian.marked(stand.mark) == []
 
 
+def test_flow_runs_leave_before_their_worker_is_ended(stand: Stand, tmp_path: Path) -> None:
+    flow_run = f"""
+import signal, time
+def leave(number, frame):
+    time.sleep(0.3)
+    open({str(tmp_path / "saved")!r}, "w").close()
+    raise SystemExit
+signal.signal(signal.SIGTERM, leave)
+print("running", flush=True)
+time.sleep(600)
+"""
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {flow_run!r}])"
+    stand.supervisor.start(python("worker-gpu", worker, restarted=True))
+    until((stand.supervisor.logs / "worker-gpu.log").read_text)
+    stand.supervisor.end()
+    assert (tmp_path / "saved").exists()
+
+
 def test_a_component_that_ignores_sigterm_is_killed(stand: Stand) -> None:
     stand.supervisor.start(python("mlflow", f"import signal; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); {SLEEPER}"))
     until((stand.supervisor.logs / "mlflow.log").read_text)
