@@ -227,7 +227,7 @@ def memory() -> dict[str, dict[str, Any]]:
         for name in VARIANTS
     }
     peers = {
-        "moving_average": "plain AdamW; one more copy is the average itself",
+        "moving_average": "plain AdamW; two more copies are the average itself, which is float64",
         "sam": "plain AdamW; one more copy is the weights to come back to",
         "evaluation": "plain AdamW; one more copy is the best weights so far, kept on the CPU. A copy of the optimiser would be two",
     }

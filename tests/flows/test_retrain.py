@@ -188,6 +188,7 @@ def test_a_killed_trial_is_started_again_and_the_sweep_ends_complete(stack, requ
     assert len(tracking.find_ingredients(tracking.read_sweep(sweep_id))) == 1
 
 
+@pytest.mark.slow
 def test_cancelling_the_parent_cancels_its_children(stack, request_for):
     started = retrain(request_for("cancelled", seeds=(6, 7), epochs=5000))
     children = running_trials("cancelled", 2)
