@@ -19,6 +19,11 @@ GRACE_S = 45.0
 def leave(worker: psutil.Process, grace_s: float = GRACE_S) -> None:
     """End a worker: its flow runs first, each told by SIGTERM and waited for, then the worker itself. It stands still meanwhile, or
     it would start its next flow runs in the places that come free."""
+    with suppress(psutil.NoSuchProcess):  # it may have ended by itself
+        _leave(worker, grace_s)
+
+
+def _leave(worker: psutil.Process, grace_s: float) -> None:
     worker.suspend()
     flow_runs = worker.children()  # not theirs: a trial's loaders and ranks leave with it
     for one in flow_runs:

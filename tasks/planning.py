@@ -1,7 +1,8 @@
 """What happens before a GPU is taken: pin the data, prepare the shared init, draw the trials, open the sweep in the ledger.
 Library modules are imported inside the tasks: importing a flow must stay cheap."""
 
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from prefect import get_run_logger, runtime, task
 
@@ -32,20 +33,15 @@ async def prepare_init(request: RetrainRequest, data: PinnedData) -> Init:
 
 
 def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
-    from stockpot.models.classifier import Classifier
     from stockpot.soup.borrowing import require_lenders
     from stockpot.training.inits import prepare
     from stockpot.training.probing import probed
-    from stockpot.training.rehearsal import rehearse, rehearse_on, require_same_classes
-
-    def probe(classifier: Classifier, *given: Any) -> tuple[Any, Any]:
-        rehearse_on(request.sweep, classifier.config)  # the probe may take a GPU
-        read = request.data
-        return probed(classifier, *given, loader_workers=read.loader_workers, skip_fraction=read.skip_fraction, reading=read.reading)
+    from stockpot.training.rehearsal import rehearse, require_same_classes
 
     require_same_classes(data)
-    init = prepare(request.base, request.init, data.snapshot, request.store, probe)
-    rehearse(request.sweep, init)
+    read = request.data
+    probe = partial(probed, loader_workers=read.loader_workers, skip_fraction=read.skip_fraction, reading=read.reading)
+    init = prepare(request.base, request.init, data.snapshot, request.store, probe, partial(rehearse, request.sweep))
     require_lenders(request.soup, init)
     return init
 

@@ -30,18 +30,24 @@ from stockpot.training.probing import probed
 
 Probe = Callable[[Classifier, Snapshot, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(model, snapshot, weight (C, D), bias (C)) to the weight and bias of a linear probe that starts there."""
+Examine = Callable[[ModelConfig], None]
+"""Raises `StockpotError` for a config that nothing should be built for."""
 
 
-def prepare(base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str, probe: Probe = probed) -> Init:
+def prepare(
+    base: BaseSpec, spec: InitSpec, snapshot: PinnedSnapshot, store: str, probe: Probe = probed, examine: Examine = lambda _config: None
+) -> Init:
     """Build the init, or find the one already built from the same base, spec and snapshot.
 
-    probe: asked for a `linear_probe` head. Raises `ModelError` for a base that cannot be built, a zero-shot head without a text tower, and
-    a probe that does not converge.
+    probe: asked for a `linear_probe` head, which may take a GPU. examine: refuses a config before that. Raises `ModelError` for a base that
+    cannot be built, a zero-shot head without a text tower, and a probe that does not converge.
     """
     root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest, _contents(base)])[:12]}"
     if storage.exists(f"{root}/init.json"):
-        return _committed(root)
-    classifier = _build(base, spec, open_snapshot(snapshot), probe)
+        init = _committed(root)
+        examine(ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json")))
+        return init
+    classifier = _build(base, spec, open_snapshot(snapshot), probe, examine)
     with TemporaryDirectory(prefix="stockpot-init-") as name:
         folder = Path(name)
         identity = digest([write_model(folder, classifier), classifier.config])
@@ -96,11 +102,12 @@ def _committed(root: str) -> Init:
     return Init.model_validate(json.loads(storage.read_bytes(f"{root}/init.json")))
 
 
-def _build(base: BaseSpec, spec: InitSpec, snapshot: Snapshot, probe: Probe) -> Classifier:
+def _build(base: BaseSpec, spec: InitSpec, snapshot: Snapshot, probe: Probe, examine: Examine) -> Classifier:
     loaded = load_base(base, seed=spec.seed)
     if base.text_tower == "keep" and loaded.text is None:
         raise ModelError(f"`{base.arch}` has no text tower to keep; leave `text_tower` at drop.")
     config = loaded.config(snapshot.classes, keep_text=base.text_tower == "keep", frozen_head=spec.freeze_head)
+    examine(config)
     classifier = build(config)
     weight_CD, bias_C = _start(loaded, base, spec, classifier)
     load_state(classifier, {**loaded.state(config), "head.weight": weight_CD, "head.bias": bias_C})

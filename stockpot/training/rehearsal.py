@@ -8,8 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from stockpot import storage
-from stockpot.config import Init, PinnedData, SweepSpec
+from stockpot.config import PinnedData, SweepSpec
 from stockpot.data.snapshots import open_snapshot
 from stockpot.errors import BadRequest
 from stockpot.models.classifier import ModelConfig, build
@@ -20,16 +19,11 @@ from stockpot.training.losses import loss_function, require_mixable
 from stockpot.training.optimisation import frozen_names, require_layers
 
 DRAWS = 64
-"""Times an augmentation is tried on a small picture, some 0.02 s: operations are drawn, so once is not enough."""
+"""Times an augmentation is tried on a small picture: operations are drawn, so once is not enough."""
 
 
-def rehearse(spec: SweepSpec, init: Init) -> None:
-    """Name everything the sweep's trials will name. Raises `BadRequest` for what there is not."""
-    rehearse_on(spec, ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json")))
-
-
-def rehearse_on(spec: SweepSpec, config: ModelConfig) -> None:
-    """The same where only the model's config is known, as before its head is fitted on a GPU."""
+def rehearse(spec: SweepSpec, config: ModelConfig) -> None:
+    """Name everything the sweep's trials will name of a model with this config. Raises `BadRequest` for what there is not."""
     drawn = draw(spec)
     patterns = {settings.frozen for settings in drawn} - {()}
     by_layer = any(settings.layer_decay < 1 for settings in drawn)

@@ -38,7 +38,7 @@ from stockpot.soup.recipes.weights import open_weights
 from stockpot.soup.souping import cook
 from stockpot.sweeps import plan
 from stockpot.training.course import fine_tune
-from stockpot.training.inits import load, prepare
+from stockpot.training.inits import fetch, load, prepare
 from stockpot.training.optimisation import rate_scales
 from stockpot.training.rehearsal import rehearse
 from stockpot.training.trials import run_trial
@@ -60,7 +60,7 @@ def test_texts_become_a_champion_that_reads_tokens(ledger: str, tmp_path: Path) 
         sweep=SweepSpec(trials=2, settings=SETTINGS),
     )
     init = prepare(request.base, request.init, snapshot, request.store)
-    rehearse(request.sweep, init)
+    rehearse(request.sweep, fetch(init)[0])
     sweep = plan(request, PinnedData(snapshot=snapshot), init)
     tracking.open_sweep(sweep)
     singles = [run_trial(trial, say=lambda _line: None) for trial in sweep.trials]
@@ -255,9 +255,9 @@ def test_what_cannot_work_is_told_before_a_gpu_is_taken(node: Path, tmp_path: Pa
         load_base(encoder(tmp_path, BERT).model_copy(update={"arch": f"transformers:{tmp_path}/list.json"}))
     init = prepare(encoder(tmp_path, BERT), InitSpec(head="random"), publish_texts(f"{tmp_path}/texts"), f"{tmp_path}/store")
     with pytest.raises(BadRequest, match="`minimal` augments images and the model reads tokens; write `augmentation: none`"):
-        rehearse(SweepSpec(trials=1), init)
+        rehearse(SweepSpec(trials=1), fetch(init)[0])
     with pytest.raises(BadRequest, match="mixup and CutMix blend pixels and the model reads tokens"):
-        rehearse(SweepSpec(trials=1, settings=SETTINGS.model_copy(update={"mixup": 0.2})), init)
+        rehearse(SweepSpec(trials=1, settings=SETTINGS.model_copy(update={"mixup": 0.2})), fetch(init)[0])
 
     def unreachable(*_args: object, **_options: object) -> None:
         raise OSError("no route to the hub")

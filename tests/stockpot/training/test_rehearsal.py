@@ -5,7 +5,7 @@ import torch
 
 from stockpot.config import SweepSpec
 from stockpot.errors import BadRequest
-from stockpot.training import rehearsal
+from stockpot.training import inits, rehearsal
 from stockpot.training.rehearsal import rehearse
 
 
@@ -35,15 +35,15 @@ from stockpot.training.rehearsal import rehearse
 )
 def test_a_name_that_does_not_exist_is_refused(ground, settings, said):
     with pytest.raises(BadRequest, match=said):
-        rehearse(SweepSpec(trials=2, settings=settings), ground.init)
+        rehearse(SweepSpec(trials=2, settings=settings), inits.fetch(ground.init)[0])
 
 
 def test_names_that_exist_or_live_elsewhere_pass(ground):
     fine = {"frozen": ["head.*"], "loss": "elsewhere:loss", "augmentation": "elsewhere:augment", "last_epoch_augmentation": "minimal"}
-    rehearse(SweepSpec(trials=2, settings=fine), ground.init)
+    rehearse(SweepSpec(trials=2, settings=fine), inits.fetch(ground.init)[0])
 
 
 def test_layer_decay_on_a_model_without_numbered_blocks_is_refused(ground, monkeypatch):
     monkeypatch.setattr(rehearsal, "build", lambda _config: torch.nn.Linear(2, 2))
     with pytest.raises(BadRequest, match="`layer_decay` needs a model whose blocks are numbered"):
-        rehearse(SweepSpec(trials=2, settings={"layer_decay": 0.7}), ground.init)
+        rehearse(SweepSpec(trials=2, settings={"layer_decay": 0.7}), inits.fetch(ground.init)[0])
