@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 PREFECT_FILE = "deployments/prefect.yaml"
 
+DEPLOY_S = 600
+"""How long Prefect's own command may take; some 15 s on two slow cores."""
+
 POOLS = {"control": "process", "gpu": "process"}
 """Work pools a laptop needs. An existing pool of another type (kubernetes, docker, ecs) is left as it is."""
 
@@ -29,7 +32,12 @@ def deploy_all() -> list[str]:
     _make_pools()
     _make_automations()
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", PREFECT_FILE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEPLOY_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ServerUnreachable(
+            f"Prefect took no deployment of {PREFECT_FILE} in {DEPLOY_S} s; look at its server, then deploy again."
+        ) from error
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines()[-5:]
         raise ServerUnreachable(f"Prefect refused the deployments of {PREFECT_FILE}: {' / '.join(line.strip() for line in lines)}")

@@ -30,7 +30,7 @@ from deployments.local.processes import Supervisor, answers
 from deployments.local.state import Lock, alive, choose_ports, clear_leftovers, credentials, read_running, require_free, write_running
 from stockpot.errors import StackError
 
-READY_S = 180.0
+READY_S = 600.0
 """Deadline for the whole start. A first start makes two databases, on two slow cores in about 30 s."""
 
 

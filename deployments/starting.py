@@ -17,7 +17,7 @@ from stockpot.errors import BadRequest, StockpotError
 from stockpot.fields import ADDRESS, NAME
 
 POLL_S = 1.0
-AWAY_S = 60.0
+AWAY_S = 600.0
 """How long the Prefect server may be away before watching gives up (the work itself goes on)."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-READY_S = 90
+from tests.waiting import PATIENCE_S
 
 
 def free_port() -> int:
@@ -47,7 +47,7 @@ def mlflow_server(root: Path, port: int, artifacts: str | None = None, environ: 
 
 
 def _wait(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + READY_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import s3fs
 
+from tests.waiting import PATIENCE_S
+
 KEY, SECRET = "STOCKPOTTESTKEY0042", "stockpot-test-secret"
-READY_S = 60
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def client(store: ObjectStore) -> s3fs.S3FileSystem:
 
 
 def _wait(store: ObjectStore, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + READY_S
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the object store did not start:\n{log.read_text()[-3000:]}")

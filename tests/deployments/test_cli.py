@@ -72,7 +72,7 @@ def test_no_mlflow_server(stockpot, tmp_path, monkeypatch, closed_port, words):
     code, _, err = stockpot(*words)
     assert code == 1
     assert f"MLFLOW_TRACKING_URI=http://127.0.0.1:{closed_port}" in err
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_wrong_usage_is_2(stockpot):

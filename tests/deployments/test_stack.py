@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,11 @@ from deployments.local.components import ROOT
 from deployments.local.prefect_api import post
 from deployments.local.state import Lock, alive, read_running
 from stockpot.errors import StackError, StackRunning
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
 
 NAP = "import time\nfrom prefect import flow\n\n@flow\ndef nap():\n    time.sleep(600)\n"
-
-
-def until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.1)
 
 
 def stockpot(*words: str) -> subprocess.CompletedProcess[str]:
@@ -81,6 +74,7 @@ def flow_run(api: str, run_id: str) -> Any:
     return post(f"{api}/flow_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})[0]
 
 
+@pytest.mark.slow
 def test_a_person_starts_it_twice_and_finds_everything_again(state: Path, tmp_path: Path) -> None:
     up = stockpot("stack", "up", "--state", str(state), "--json")
     assert up.returncode == 0, up.stderr
@@ -123,7 +117,7 @@ def test_a_person_starts_it_twice_and_finds_everything_again(state: Path, tmp_pa
     running = read_running(state)
     assert len(guardian.marked(running["mark"])) > len(parts)
     os.kill(running["pid"], signal.SIGKILL)
-    until(lambda: guardian.marked(running["mark"]) == [], timeout_s=10)
+    until(lambda: guardian.marked(running["mark"]) == [])
 
     with stack.local_stack(state, workers=False) as third:
         ended = flow_run(api, run)
@@ -149,7 +143,7 @@ def test_a_signal_while_it_starts_leaves_nothing(state: Path, ending: signal.Sig
         until(lambda: len(read_running(state).get("components", {})) == 3)
         mark = read_running(state)["mark"]
         starting.send_signal(ending)
-        assert starting.wait(20) not in {0, -ending}
+        assert starting.wait(PATIENCE_S) not in {0, -ending}
         assert starting.stderr is not None
         assert "Traceback" not in starting.stderr.read()
     assert guardian.marked(mark) == []

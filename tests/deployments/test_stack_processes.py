@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from deployments.local.components import ROOT, Component
 from deployments.local.processes import Supervisor
 from deployments.local.state import Lock, alive, clear_leftovers, write_running
 from stockpot.errors import StackError
+from tests.waiting import PATIENCE_S, until
 
 SLEEPER = "import time; time.sleep(600)"
 FAMILY = f"""
@@ -27,13 +28,6 @@ subprocess.Popen([sys.executable, "-S", "-c", "import os; os.setsid(); os.fork()
 {SLEEPER}
 """
 """A component whose child leaves its session and forks: what a worker's flow runs may do."""
-
-
-def until(holds: Callable[[], object], timeout_s: float = 15.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.02)
 
 
 def python(name: str, code: str, *, restarted: bool = False) -> Component:
@@ -78,7 +72,7 @@ def test_a_worker_that_keeps_dying_is_started_ever_later(stand: Stand) -> None:
 def test_a_server_that_dies_is_reported_with_its_last_lines(stand: Stand, tmp_path: Path) -> None:
     stand.supervisor.start(python("mlflow", "print('first'); print('the disk is full'); raise SystemExit(1)"))
     with pytest.raises(StackError, match=r"(?s)mlflow ended with exit code 1; its last lines: \n    first\n    the disk is full\n"):
-        stand.supervisor.wait("mlflow", lambda: False, time.monotonic() + 15)
+        stand.supervisor.wait("mlflow", lambda: False, time.monotonic() + PATIENCE_S)
     assert str(tmp_path / "logs" / "mlflow.log") in stand.said[0]
     assert "stockpot stack down" in stand.said[0]
 
@@ -126,7 +120,7 @@ def test_a_component_that_ignores_sigterm_is_killed(stand: Stand) -> None:
     until((stand.supervisor.logs / "mlflow.log").read_text)
     began = time.monotonic()
     stand.supervisor.end()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60
     assert guardian.marked(stand.mark) == []
 
 

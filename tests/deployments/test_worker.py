@@ -4,7 +4,8 @@ starts no other."""
 import signal
 import subprocess
 import sys
-import time
+
+from tests.waiting import PATIENCE_S, until
 
 FLOW_RUN = """
 import pathlib, signal, sys, time
@@ -14,7 +15,7 @@ def leave(number, frame):
     raise SystemExit(143)
 signal.signal(signal.SIGTERM, leave)
 pathlib.Path(sys.argv[1], "running").touch()
-time.sleep(60)
+time.sleep(600)
 """
 WORKER = """
 import pathlib, signal, subprocess, sys
@@ -33,9 +34,8 @@ SUPERVISED = "import sys; from deployments.worker import main; raise SystemExit(
 def test_flow_runs_leave_before_the_worker(tmp_path):
     command = [sys.executable, "-c", WORKER, "-c", FLOW_RUN, str(tmp_path)]
     with subprocess.Popen([sys.executable, "-c", SUPERVISED, *command]) as supervised:
-        while not (tmp_path / "running").exists():
-            time.sleep(0.02)
+        until((tmp_path / "running").exists)
         supervised.send_signal(signal.SIGTERM)
-        assert supervised.wait(30) == 3
+        assert supervised.wait(PATIENCE_S) == 3
     assert (tmp_path / "saved").read_text() == "state"
     assert not (tmp_path / "next").exists()

@@ -2,7 +2,6 @@
 alias."""
 
 import os
-import time
 
 import psutil
 import pytest
@@ -14,8 +13,9 @@ from deployments.starting import start, watch_to_end
 from stockpot.config import GateSpec
 from stockpot.ledger import registry
 from stockpot.release.explaining import explain
+from tests.waiting import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(2400)]
 
 
 def approvals(model):
@@ -24,14 +24,9 @@ def approvals(model):
         return client.read_flow_runs(flow_run_filter=wanted)
 
 
-def wait_for(model, state, timeout_s=120):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        (run,) = approvals(model)
-        if run.state.name == state:
-            return run
-        time.sleep(0.5)
-    raise AssertionError(f"the approval is {run.state.name}: {run.state.message}")
+def once(model, state):
+    """The approval's run once it is in this state."""
+    return until(lambda: next((run for run in approvals(model) if run.state.name == state), None))
 
 
 def retrain(request):
@@ -42,19 +37,16 @@ def test_a_person_has_the_last_word(stack, request_for):
     model = "approved"
     request = request_for(model, seeds=(1,)).model_copy(update={"gate": GateSpec(approval=True)})
     watch_to_end(retrain(request))
-    run = wait_for(model, "Suspended")
+    run = once(model, "Suspended")
     pid = int(run.infrastructure_pid.split(":")[-1])
     assert pid != os.getpid()
-    gone = time.monotonic() + 60
-    while psutil.pid_exists(pid) and time.monotonic() < gone:
-        time.sleep(0.2)
-    assert not psutil.pid_exists(pid), "a suspended run holds no process"
+    until(lambda: not psutil.pid_exists(pid))  # a suspended run holds no process
     assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == (None, 1)
     watch_to_end(retrain(request))
     assert len(approvals(model)) == 1, "the same decision is asked about once"
 
     resume_flow_run(run.id, run_input={"approved": True, "note": "read by a test"})
-    assert wait_for(model, "Completed").state.message == "Version 1 of approved is champion: approved by hand: read by a test."
+    assert once(model, "Completed").state.message == "Version 1 of approved is champion: approved by hand: read by a test."
     assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == (1, None)
     assert registry.read_tags(registry.read_version(model, 1))["stockpot.approval"] == "approved by hand: read by a test"
 
@@ -63,10 +55,10 @@ def test_what_a_person_declines_stays_challenger_and_is_not_asked_again(stack, r
     model = "declined"
     request = request_for(model, seeds=(1,)).model_copy(update={"gate": GateSpec(approval=True)})
     watch_to_end(retrain(request))
-    run = wait_for(model, "Suspended")
+    run = once(model, "Suspended")
     assert (run.work_pool_name, registry.alias_version(model, "challenger")) == ("control", 1), "no GPU's worker has it"
     resume_flow_run(run.id, run_input={"approved": False, "note": "not today"})
-    assert wait_for(model, "Completed").state.message == "Version 1 of declined is challenger: declined by hand: not today."
+    assert once(model, "Completed").state.message == "Version 1 of declined is challenger: declined by hand: not today."
     assert (registry.alias_version(model, "champion"), registry.alias_version(model, "challenger")) == (None, 1)
 
     again = retrain(request)

@@ -12,7 +12,7 @@ from stockpot.config import SoupSpec
 from stockpot.ledger import champions, registry, tracking
 from stockpot.ledger.connection import client
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(2400)]
 
 MODEL = "at-once"
 

@@ -13,15 +13,16 @@ from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.training import journal
 from stockpot.training.trials import run_trial
-from tests.flows.test_retrain import pid, retrain, running_trials, runs_of, wait_for
+from tests.flows.test_retrain import pid, retrain, running_trials, runs_of
+from tests.waiting import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(2400)]
 
 
 def test_a_trial_whose_node_shuts_down_goes_on_where_it_stopped(stack, request_for):
     retrain(request_for("preempted", seeds=(11,), epochs=60, attempts=1))
     (run,) = running_trials("preempted", 1)
-    ledger_run = wait_for(lambda: trained("preempted"))
+    ledger_run = until(lambda: trained("preempted"))
     leave(psutil.Process(pid(run)).parent())
     (planned,) = tracking.read_sweep(next(tag for tag in run.tags if tag.startswith("sweep:")).removeprefix("sweep:")).trials
     saved = journal.progress(planned)
@@ -30,7 +31,7 @@ def test_a_trial_whose_node_shuts_down_goes_on_where_it_stopped(stack, request_f
 
     torch.set_num_threads(1)  # as the worker's environment says
     alone = run_trial(planned.model_copy(update={"model": "left-alone"}), say=print)
-    first, second = wait_for(lambda: ended_runs(f"trial:preempted:{planned.id}", 2))
+    first, second = until(lambda: ended_runs(f"trial:preempted:{planned.id}", 2))
     assert (first.state.type.value, second.state.type.value) == ("CRASHED", "COMPLETED")
     made = tracking.find_ingredient("preempted", planned.id)
     assert (made.weights_sha256, made.held_out) == (alone.weights_sha256, alone.held_out)

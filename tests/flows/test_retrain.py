@@ -33,8 +33,9 @@ from deployments.tables import sweep_document, sweep_text
 from stockpot.errors import StockpotError
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
 
 STRANGER = Path(__file__).parents[2] / "deployments" / "demo" / "stranger.py"
 
@@ -49,15 +50,6 @@ def runs_of(tag):
         return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=50)
 
 
-def wait_for(what, timeout_s=240):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.5)
-    raise AssertionError("waited in vain")
-
-
 def running_trials(model, count):
     """The trial runs of a model once `count` of them are training, with their process ids."""
 
@@ -67,7 +59,7 @@ def running_trials(model, count):
         ]
         return runs if len(runs) >= count else None
 
-    return wait_for(look)
+    return until(look)
 
 
 def pid(run):
@@ -195,10 +187,11 @@ def test_cancelling_the_parent_cancels_its_children(stack, request_for):
     pids = [pid(run) for run in children]
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(started.id, Cancelling())
-    wait_for(lambda: all(run.state.is_cancelled() for run in runs_of("model:cancelled")), timeout_s=90)
-    wait_for(lambda: not any(psutil.pid_exists(number) for number in pids), timeout_s=30)
+    until(lambda: all(run.state.is_cancelled() for run in runs_of("model:cancelled")))
+    until(lambda: not any(psutil.pid_exists(number) for number in pids))
 
 
+@pytest.mark.slow
 def test_a_schedule_becomes_a_run(stack):
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name("retrain/stockpot")
@@ -207,14 +200,13 @@ def test_a_schedule_becomes_a_run(stack):
         try:
             of_it = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
             scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
-            (run, *_) = wait_for(lambda: client.read_flow_runs(deployment_filter=of_it, flow_run_filter=scheduled), timeout_s=90)
+            (run, *_) = until(lambda: client.read_flow_runs(deployment_filter=of_it, flow_run_filter=scheduled))
             assert (run.auto_scheduled, run.expected_start_time.month, run.expected_start_time.hour) == (True, 1, 3)
         finally:
             client.delete_deployment_schedule(deployment.id, schedule.id)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_trial_that_shows_no_sign_of_life_is_given_up_and_started_again(stack, request_for):
     """A stopped process is what a vanished node looks like from the servers: no end, no heartbeat, a run that stays Running."""
     started = retrain(request_for("frozen", seeds=(9,), epochs=100))
@@ -259,7 +251,7 @@ def test_what_is_not_there_is_one_sentence_before_anything_starts(stack, request
     document = request_for("refused", seeds=(9,)).model_dump(mode="json") | change
     (tmp_path / "request.yaml").write_text(json.dumps(document))
     command = [sys.executable, "-m", "deployments.cli", "retrain", str(tmp_path / "request.yaml")]
-    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

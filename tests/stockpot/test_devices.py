@@ -9,6 +9,7 @@ import pytest
 
 from stockpot.devices import claimed_gpus
 from stockpot.errors import BadRequest, DeviceBusy
+from tests.waiting import PATIENCE_S
 
 HOLDER = """
 import sys, time
@@ -16,7 +17,7 @@ from pathlib import Path
 from stockpot.devices import claimed_gpus
 with claimed_gpus(1, Path(sys.argv[1])) as (device,):
     print(device, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -47,7 +48,7 @@ def test_a_killed_trial_gives_its_device_back(tmp_path, monkeypatch):
         with pytest.raises(DeviceBusy), claimed_gpus(1, tmp_path, wait_s=0):
             pass
         holder.send_signal(signal.SIGKILL)
-        holder.wait(timeout=10)
+        holder.wait(timeout=PATIENCE_S)
     with claimed_gpus(1, tmp_path) as device:
         assert device == ("0",)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stockpot.evaluation import Ranks, accuracy, logits, normalise, share
 from stockpot.preparation import Preprocess
+from tests.waiting import PATIENCE_S
 
 PREPROCESS = Preprocess(size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -71,7 +72,7 @@ class Threads:
     """Ranks as threads of this process, and their sum."""
 
     def __init__(self, world: int) -> None:
-        self.world, self.given, self.barrier = world, {}, Barrier(world, timeout=20)
+        self.world, self.given, self.barrier = world, {}, Barrier(world, timeout=PATIENCE_S)
 
     def all_reduce(self, rank: int):
         def run(tensor: Tensor) -> None:

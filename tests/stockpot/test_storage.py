@@ -11,6 +11,7 @@ import pytest
 from stockpot import storage
 from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, SnapshotBroken, StorageError, StorageRefused
 from tests.object_store import ObjectStore
+from tests.waiting import SOON_S
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -109,7 +110,7 @@ def test_large_uploads_are_created_once_too(s3: ObjectStore, tmp_path: Path) -> 
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ServerUnreachable, ["127.0.0.1:9", "AWS_ENDPOINT_URL"]),
     ],
 )
-def test_a_store_that_refuses_is_said_in_under_five_seconds(
+def test_a_store_that_refuses_is_said_soon(
     s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], error: type[Exception], words: list[str]
 ) -> None:
     for name, value in change.items():
@@ -117,21 +118,21 @@ def test_a_store_that_refuses_is_said_in_under_five_seconds(
     started = time.monotonic()
     with pytest.raises(error) as caught:
         storage.check(s3.uri("some"))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < SOON_S
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("uri", "words"), [("s3://no-such-bucket/x", "no bucket `no-such-bucket`"), ("s3://stockpot/empty/", "Nothing is stored")]
 )
-def test_missing_buckets_and_empty_prefixes_are_said_in_under_five_seconds(s3: ObjectStore, uri: str, words: str) -> None:
+def test_missing_buckets_and_empty_prefixes_are_said_soon(s3: ObjectStore, uri: str, words: str) -> None:
     started = time.monotonic()
     with pytest.raises(ObjectMissing, match=words):
         storage.check(uri)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < SOON_S
 
 
-def test_an_endpoint_that_never_answers_is_said_in_under_five_seconds(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_never_answers_is_said_soon(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -139,4 +140,4 @@ def test_an_endpoint_that_never_answers_is_said_in_under_five_seconds(s3: Object
         started = time.monotonic()
         with pytest.raises(ServerUnreachable, match="no answer"):
             storage.check(s3.uri("some"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < SOON_S

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from stockpot import s3_bodies
+from stockpot import s3_bodies, storage
 from stockpot.data.shards import TrainReader, pixels
 from stockpot.data.snapshots import Snapshot, open_snapshot, pin
 from stockpot.errors import ServerUnreachable, SnapshotBroken, StockpotError, StorageError
 from tests.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 from tests.object_store import ObjectStore, client
 from tests.tiny_data import PREPROCESS, publish_tiny
+from tests.waiting import PATIENCE_S, SOON_S, until
 
 SAMPLES = 96
 
@@ -40,10 +41,10 @@ def proxy(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyPr
         yield running
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds instead of tens of them; one test runs with the real ones."""
-    monkeypatch.setattr(s3_bodies, "SILENCE_S", 2)
+def lose_patience(published: Snapshot, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """Fewer seconds of silence than the ten of every day, once a client is there: making one takes a busy machine seconds of its own."""
+    storage.check(published.root)
+    monkeypatch.setattr(s3_bodies, "SILENCE_S", seconds)
 
 
 def read_all(snapshot: Snapshot, reading: str = "cached") -> TrainReader:
@@ -59,8 +60,10 @@ READINGS = pytest.mark.parametrize("reading", ["cached", "streamed"])
 @READINGS
 @pytest.mark.parametrize("fault", ["cut", "reset", "stall", "mute"])
 def test_one_fault_is_repaired_by_range_and_every_sample_is_read(
-    published: Snapshot, proxy: FaultyProxy, impatient: None, fault: Fault, reading: str
+    published: Snapshot, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault, reading: str
 ) -> None:
+    if fault in ("stall", "mute"):
+        lose_patience(published, monkeypatch, 3)
     proxy.break_next(fault, times=1, after=40_000)
     reader = read_all(published, reading)
     assert proxy.broken == 1
@@ -92,7 +95,7 @@ def test_a_cut_of_every_connection_after_some_bytes_still_reads_everything(
 def test_a_permanent_fault_stops_with_a_sentence_that_names_the_shard(
     published: Snapshot, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault, after: int, reading: str
 ) -> None:
-    monkeypatch.setattr(s3_bodies, "SILENCE_S", 1)
+    lose_patience(published, monkeypatch, 1)
     proxy.break_next(fault, times=10**6, after=after)
     with pytest.raises((StorageError, ServerUnreachable)) as caught:
         read_all(published, reading)
@@ -120,12 +123,12 @@ def test_an_endpoint_that_never_answers_stops_within_sixty_seconds(published: Sn
     assert time.monotonic() - started < 60
 
 
-def test_an_endpoint_that_never_answers_is_said_in_under_five_seconds_when_data_is_pinned(published: Snapshot, proxy: FaultyProxy) -> None:
+def test_an_endpoint_that_never_answers_is_said_soon_when_data_is_pinned(published: Snapshot, proxy: FaultyProxy) -> None:
     proxy.break_next("mute", times=10**6, match=b"")
     started = time.monotonic()
     with pytest.raises(ServerUnreachable, match="no answer within 4 s"):
         pin(published.root)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < SOON_S
 
 
 def damage(store: ObjectStore, snapshot: Snapshot, change: object) -> str:
@@ -200,7 +203,7 @@ def test_an_object_replaced_while_it_is_read_stops_the_reader(s3: ObjectStore, o
     thread.start()
     with pytest.raises(SnapshotBroken, match=r"replaced|manifest says"):
         read_all(own, reading)
-    assert done.wait(10)
+    assert done.wait(PATIENCE_S)
     thread.join()
 
 
@@ -244,7 +247,7 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_is_left(published: Snaps
     answers = context.Queue()
     process = context.Process(target=_with_a_full_disk, args=(published, str(tmp_path / "full"), build, answers))
     process.start()
-    sentence = answers.get(timeout=30)
+    sentence = answers.get(timeout=PATIENCE_S)
     process.join()
     assert "cannot be written to disk" in sentence
     assert ("images.npy" if build else published.manifest.shards[0].key) in sentence
@@ -265,16 +268,13 @@ def test_two_processes_fill_the_cache_and_one_is_killed_the_other_has_every_shar
     answers = context.Queue()
     victim = context.Process(target=_fill, args=(published, answers))
     victim.start()
-    deadline = time.monotonic() + 20
-    while not proxy.broken and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert proxy.broken == 1
+    until(lambda: proxy.broken == 1, every_s=0.02)
     other = context.Process(target=_fill, args=(published, answers))
     other.start()
     time.sleep(0.3)
     os.kill(victim.pid or 0, signal.SIGKILL)
     victim.join()
-    assert answers.get(timeout=30) == sum(shard.size for shard in published.manifest.shards)
+    assert answers.get(timeout=PATIENCE_S) == sum(shard.size for shard in published.manifest.shards)
     other.join()
     assert not list((tmp_path / "cache").rglob("*.part"))
     read_all(published)

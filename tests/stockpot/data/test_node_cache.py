@@ -14,6 +14,7 @@ from stockpot.data.node_cache import NodeCache
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.errors import DataError, SnapshotBroken
 from tests.tiny_data import publish_tiny
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_eviction_spares_held_snapshots_and_takes_the_oldest_first(
 def _hold(snapshot: Snapshot, ready: "multiprocessing.synchronize.Event") -> None:
     with NodeCache().hold(snapshot.digest, snapshot.contents):
         ready.set()
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_a_snapshot_held_by_another_process_is_spared_until_that_process_dies(
@@ -112,7 +113,7 @@ def test_eight_processes_read_the_dataset_once(snapshot: Snapshot) -> None:
     workers = [context.Process(target=_fill, args=(snapshot, results)) for _ in range(8)]
     for worker in workers:
         worker.start()
-    read = [results.get(timeout=60) for _ in workers]
+    read = [results.get(timeout=PATIENCE_S) for _ in workers]
     for worker in workers:
         worker.join()
     assert sum(read) == sum(shard.size for shard in snapshot.manifest.shards)
@@ -125,7 +126,7 @@ def _fill_slowly(snapshot: Snapshot, begun: "multiprocessing.synchronize.Event")
         def crawl(piece: bytes) -> None:
             sink(piece[:100])  # type: ignore[operator]
             begun.set()
-            time.sleep(60)
+            time.sleep(600)
 
         return fetch(uri, crawl, **extra)  # type: ignore[arg-type]
 
@@ -138,13 +139,13 @@ def test_a_process_killed_while_filling_leaves_the_other_a_whole_shard(snapshot:
     begun = context.Event()
     victim = context.Process(target=_fill_slowly, args=(snapshot, begun))
     victim.start()
-    assert begun.wait(20)
+    assert begun.wait(PATIENCE_S)
     results = context.Queue()
     other = context.Process(target=_fill, args=(snapshot, results))
     other.start()
     time.sleep(0.3)
     os.kill(victim.pid or 0, signal.SIGKILL)
     victim.join()
-    assert results.get(timeout=30) == sum(shard.size for shard in snapshot.manifest.shards)
+    assert results.get(timeout=PATIENCE_S) == sum(shard.size for shard in snapshot.manifest.shards)
     other.join()
     assert all(path.suffix == ".tar" for path in files(node))

@@ -25,6 +25,7 @@ from stockpot.outcomes import SoupReport
 from stockpot.release import releasing
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import CLASSES, PREPROCESS, Ground, finish_trials, png, tiny_sweep
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def served(ground: Ground, ledger: str, tmp_path: Path) -> Iterator[tuple[str, S
 def ask(address: str, document: object) -> tuple[int, str]:
     request = urllib.request.Request(address, json.dumps(document).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:

@@ -74,7 +74,6 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_one_bit_anywhere_in_any_stored_file_is_found(report: SoupReport, tmp_path: Path) -> None:
     version = registry.read_version(report.model, 1)
     registry.fetch_version(version, tmp_path / "soup")
@@ -156,7 +155,6 @@ def test_a_version_keeps_its_own_record_when_its_sweep_is_cooked_again(ground: G
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_every_recipe_is_rebuilt_from_its_record_and_a_flipped_bit_found(
     ground: Ground, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

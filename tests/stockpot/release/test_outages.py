@@ -30,7 +30,7 @@ from tests.mlflow_server import free_port, mlflow_server
 from tests.object_store import ObjectStore
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LENIENT = GateSpec(gate_tolerance=1.0, shift_tolerance=1.0)
 

@@ -24,6 +24,7 @@ from stockpot.soup.recipes.streaming import average_streamed
 from stockpot.soup.recipes.weights import Weights, open_weights
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.object_store import ObjectStore
+from tests.waiting import PATIENCE_S
 
 State = dict[str, Tensor]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -119,7 +120,7 @@ def test_two_files_and_one_sum_are_here_however_many_there_are(tmp_path: Path, m
     def with_patience(file: Weights, _: Weights) -> None:
         """Add a file only once the next is asked for."""
         added.append(file)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while len(store.open_when_asked) < min(len(added) + 1, 10) and time.monotonic() < deadline:
             time.sleep(0.001)
 

@@ -22,6 +22,7 @@ from stockpot.training.preemption import Preempted
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trials import run_trial
 from tests.stockpot.training.test_trials import CHILD, trial_of
+from tests.waiting import PATIENCE_S
 
 SETTINGS = TrialSettings(
     epochs=2,
@@ -123,8 +124,8 @@ def test_a_trial_on_two_ranks_killed_or_preempted_goes_on_and_leaves_no_rank(num
         ranks = psutil.Process(child.pid).children(recursive=True)
         assert len(ranks) >= 2
         child.send_signal(number)
-        assert child.wait(60) in (143, -signal.SIGKILL)
-        psutil.wait_procs(ranks, timeout=10)
+        assert child.wait(PATIENCE_S) in (143, -signal.SIGKILL)
+        psutil.wait_procs(ranks, timeout=PATIENCE_S)
         assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     lines: list[str] = []
     disturbed = run_trial(trial, say=lines.append)
