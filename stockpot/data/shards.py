@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import repeat
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from stockpot.data.batching import Made, Maker, Wanted
 from stockpot.data.epochs import EpochPlan
 from stockpot.data.images import decode, eval_transform
-from stockpot.data.node_cache import Fetched, NodeCache
+from stockpot.data.node_cache import NodeCache
 from stockpot.data.pixel_store import Pixels, pixels
 from stockpot.data.preparing import Augment, transform_digest
 from stockpot.data.snapshots import Snapshot
@@ -85,6 +86,7 @@ class TrainReader:
         self.reading = choose_reading(snapshot, reading, say)
         self.counters: Counter[str] = Counter(planned=0, read=0, skipped=0, bytes_from_storage=0, cache_hits=0, retries=0)
         self.skipped: list[str] = []
+        self._counting = Lock()
         self._maker = Maker(snapshot, preprocess, augment, seed)
         self._schedule = _Schedule()
         self._loader: DataLoader[Made] | None = None
@@ -122,19 +124,22 @@ class TrainReader:
 
     @contextmanager
     def _filling(self, epoch: int) -> Iterator[Callable[..., None]]:
-        """Fetch the epoch's shards in the background; `settle` counts what arrived and raises what failed."""
-        pending: deque[Future[Fetched]] = deque()
+        """Fetch the epoch's shards in the background; `settle` raises what failed."""
+        pending: deque[Future[None]] = deque()
         shards = list(self.plan.shards(epoch))
         self.counters.update(cache_hits=sum(self.snapshot.is_cached(shard) for shard in shards))
 
+        def fetch(shard: int) -> None:
+            fetched = self.snapshot.fetch_shard(shard)
+            self._count(fetched.read_bytes, fetched.retries)
+
         def settle(*, wait: bool) -> None:
             while pending and (wait or pending[0].done()):
-                fetched = pending.popleft().result()
-                self.counters.update(bytes_from_storage=fetched.read_bytes, retries=fetched.retries)
+                pending.popleft().result()
 
         with ThreadPoolExecutor(FETCHED_AT_ONCE, "stockpot-fill") as pool:
-            fetch = until_failure(self.snapshot.fetch_shard)
-            pending.extend(pool.submit(fetch, shard) for shard in shards)
+            wanted = until_failure(fetch)
+            pending.extend(pool.submit(wanted, shard) for shard in shards)
             try:
                 yield settle
             finally:
@@ -158,13 +163,17 @@ class TrainReader:
 
     def _streamed(self, epoch: int, skip: int) -> Generator[Made, None, None]:
         """From storage; samples are decoded by `loader_workers` threads of this process (decoding releases the interpreter lock)."""
-        stream = StreamedBytes(self.snapshot, self.plan, epoch, skip)
+        stream = StreamedBytes(self.snapshot, self.plan, epoch, skip, self._count)
         with stream.running(), ThreadPoolExecutor(max(1, self.loader_workers), "stockpot-decode") as pool:
             for ids in self.plan.batches(epoch, skip):
                 data = [stream.read(sample) for sample in ids.tolist()]
                 yield self._maker.assemble(Wanted(epoch, ids), list(pool.map(self._maker.input, data, ids.tolist(), repeat(epoch))))
                 stream.done_with(int(ids[-1]))
-        self.counters.update(stream.counts)
+
+    def _count(self, read_bytes: int, retries: int) -> None:
+        """What a fetching thread took from storage, used or not: who leaves an epoch early has read it all the same."""
+        with self._counting:
+            self.counters.update(bytes_from_storage=read_bytes, retries=retries)
 
 
 def choose_reading(snapshot: Snapshot, reading: Reading, say: Callable[[str], None]) -> Literal["cached", "streamed"]:

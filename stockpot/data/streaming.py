@@ -6,11 +6,11 @@ in memory while the next group is fetched: plan for 16 to 24 shards of memory a 
 """
 
 import io
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -23,17 +23,12 @@ from stockpot.errors import SnapshotBroken
 FETCHED_AT_ONCE = 4
 
 
-class _Shard(NamedTuple):
-    data: dict[int, bytes]
-    counts: dict[str, int]
-
-
 class StreamedBytes:
-    """Encoded samples by id, for one pass over an epoch plan from a batch on."""
+    """Encoded samples by id, for one pass over an epoch plan from a batch on. `count` is told the bytes and retries of every shard, in the
+    thread that fetched it."""
 
-    def __init__(self, snapshot: Snapshot, plan: EpochPlan, epoch: int, skip: int) -> None:
-        self.snapshot, self.plan = snapshot, plan
-        self.counts: Counter[str] = Counter()
+    def __init__(self, snapshot: Snapshot, plan: EpochPlan, epoch: int, skip: int, count: Callable[[int, int], None]) -> None:
+        self.snapshot, self.plan, self._count = snapshot, plan, count
         self._fetch = until_failure(self._shard)
         self._coming = self._needed(epoch, skip * plan.batch_size)
         self._groups: deque[dict[int, bytes]] = deque()
@@ -56,9 +51,7 @@ class StreamedBytes:
                     return group[sample]
             arrived = [future.result() for future in self._ahead]
             self._ahead = self._request()
-            self._groups.append({number: data for shard in arrived for number, data in shard.data.items()})
-            for shard in arrived:
-                self.counts.update(shard.counts)
+            self._groups.append({number: data for samples in arrived for number, data in samples.items()})
 
     def done_with(self, sample: int) -> None:
         """Forget the groups before the one that holds this sample, the last of a batch."""
@@ -73,20 +66,21 @@ class StreamedBytes:
             if passed > skipped:
                 yield shards
 
-    def _request(self) -> list[Future[_Shard]]:
+    def _request(self) -> list[Future[dict[int, bytes]]]:
         return [self._pool.submit(self._fetch, shard) for shard in next(self._coming, ())]
 
-    def _shard(self, shard: int) -> _Shard:
-        """Samples of one shard that belong to the split; the whole shard is verified before any of it is parsed."""
+    def _shard(self, shard: int) -> dict[int, bytes]:
+        """Encoded samples of one shard that belong to the split; the whole shard is verified before any of it is parsed."""
         uri = self.snapshot.shard_uri(shard)
         start, stop = self.plan.ids(shard)
         ids = dict(zip(self.snapshot.index.keys(start, stop), range(start, stop), strict=True))
         data, retries = self.snapshot.read_shard(shard)
+        self._count(len(data), retries)
         samples = group_by_keys(tar_file_expander([{"url": uri, "stream": io.BytesIO(data)}]))
         found = {ids[sample["__key__"]]: _input(sample) for sample in samples if sample.get("__key__") in ids}
         if len(found) != len(ids):
             raise SnapshotBroken(f"Shard {uri} gave {len(found)} of the {len(ids)} samples its index names; publish a new snapshot.")
-        return _Shard(found, {"bytes_from_storage": len(data), "retries": retries})
+        return found
 
 
 def _input(sample: dict[str, Any]) -> bytes:

@@ -124,6 +124,17 @@ def test_inherited_variables_change_nothing(snapshot: Snapshot, monkeypatch: pyt
     assert same(list(reader(snapshot, reading="streamed").batches(0)), expected)
 
 
+@pytest.mark.parametrize("reading", ["cached", "streamed"])
+def test_what_an_epoch_left_early_took_from_storage_is_counted(snapshot: Snapshot, node: Path, reading: Any) -> None:
+    """As when `max_steps` ends a trial within one: the shards are read, by the node cache or by nobody."""
+    left = reader(snapshot, reading=reading)
+    batches = left.batches(0)
+    next(batches)
+    batches.close()
+    stored = sum(path.stat().st_size for path in node.rglob("*.tar"))
+    assert left.counters["bytes_from_storage"] == (stored or sum(shard.size for shard in snapshot.manifest.shards)) > 0
+
+
 def test_everything_is_counted(snapshot: Snapshot) -> None:
     size = sum(shard.size for shard in snapshot.manifest.shards)
     first, second = reader(snapshot), reader(snapshot)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from stockpot import storage
 from stockpot.checkpoints import load_weights
@@ -81,6 +82,17 @@ def test_a_trial_that_stops_being_numbers_leaves_no_ingredient(ground, ledger, t
 def nothing(logits_BC, targets_BC):
     """A loss that is no number."""
     return (logits_BC * float("nan")).sum()
+
+
+def test_memory_that_runs_out_in_the_last_evaluation_leaves_no_ingredient_and_says_so(ground, ledger, tmp_path, monkeypatch):
+    def full(*_arguments, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trial = trial_of(ground, "too-large", tmp_path, UNTRAINED)
+    monkeypatch.setattr(trials, "logits", full)
+    with pytest.raises(TrialFailed, match=r"ran out of memory for the evaluation of what was trained\. Use a device with more memory"):
+        run_trial(trial, say=lambda _line: None)
+    assert tracking.find_ingredient("too-large", trial.id) is None
 
 
 def test_another_init_is_refused(ground, ledger, tmp_path):
