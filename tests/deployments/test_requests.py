@@ -1,5 +1,6 @@
 """Promise: the ready-made requests are valid, and the random search draws exactly the published distribution."""
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from stockpot.config import RetrainRequest, SweepSpec
+from stockpot.spaces import Choice, IntUniform, LogUniform, Sometimes, Uniform
 from stockpot.sweeps import draw
 
 FOLDER = Path(__file__).parents[2] / "deployments" / "requests"
@@ -20,6 +22,26 @@ def request(name: str) -> RetrainRequest:
 def test_every_request_is_valid_and_draws_its_trials(path):
     spec = request(path.stem).sweep
     assert len(set(draw(spec))) == spec.trials + spec.init_as_ingredient
+
+
+def test_the_random_search_has_the_published_space():
+    """Wortsman et al. 2022 (arXiv:2203.05482), appendix J.2.1: rate 10^-U(4, 6), decay 10^-U(0.2, 4), smoothing 0 or U(0, 0.25), 4 to 16
+    epochs, mixup 0 or U(0, 0.9), RandAugment with M of 0 to 20 and N of 0 to 2. How often minimal is drawn is said by the authors' record
+    of their runs, hparam_info.json: a third."""
+    space = request("random_search").sweep.space
+    augmentation, decay = space.pop("augmentation"), space.pop("weight_decay")
+    assert space == {
+        "learning_rate": LogUniform(log_uniform=(1e-6, 1e-4)),
+        "label_smoothing": Sometimes(probability=0.5, value=0, otherwise=Uniform(uniform=(0, 0.25))),
+        "epochs": IntUniform(int_uniform=(4, 16)),
+        "mixup": Sometimes(probability=0.5, value=0, otherwise=Uniform(uniform=(0, 0.9))),
+    }
+    assert isinstance(decay, LogUniform)
+    assert [math.log10(bound) for bound in decay.log_uniform] == pytest.approx([-4, -0.2])
+    assert isinstance(augmentation, Sometimes)
+    assert (augmentation.probability, augmentation.value) == (pytest.approx(1 / 3), "minimal")
+    assert isinstance(augmentation.otherwise, Choice)
+    assert sorted(augmentation.otherwise.choice) == sorted(f"rand-m{m}-n{n}-p1-mmax20" for m in range(21) for n in range(3))
 
 
 def many(count: int = 1000) -> list:

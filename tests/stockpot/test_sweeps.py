@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stockpot.config import SweepSpec
+from stockpot.config import RetrainRequest, SweepSpec
 from stockpot.errors import BadRequest
 from stockpot.sweeps import draw, plan
 from tests.requests_for_tests import DATA, INIT, REQUEST
@@ -37,8 +37,11 @@ def test_draws_stay_in_their_space(seed):
 
 def test_the_drawn_values_are_frozen():
     """Recorded on one machine: another machine, Python or release must draw the same."""
-    (settings,) = draw(SweepSpec(trials=1, seed=0, space=SPACE))
-    assert (settings.learning_rate, settings.mixup) == (1.65075e-05, 0.0618019)
+    request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "seed": 0, "space": SPACE}})
+    (trial,) = plan(request, DATA, INIT).trials
+    drawn = {name: getattr(trial.settings, name) for name in SPACE}
+    assert drawn == {"learning_rate": 1.65075e-05, "epochs": 9, "mixup": 0.0618019, "augmentation": "minimal"}
+    assert trial.id == "e435cd52a42b"  # changes with a new field of the settings, knowingly: every trial is then another one
 
 
 def test_log_uniform_spends_equal_shares_on_every_decade():
@@ -62,8 +65,6 @@ def test_an_impossible_draw_names_trial_and_field():
 
 
 def test_trial_ids_depend_on_content_only():
-    from stockpot.config import RetrainRequest
-
     request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 4, "space": SPACE}})
     other_store = request.model_copy(update={"store": "s3://elsewhere/store"})
     ids = [trial.id for trial in plan(request, DATA, INIT).trials]
@@ -71,18 +72,22 @@ def test_trial_ids_depend_on_content_only():
     assert [trial.id for trial in plan(other_store, DATA, INIT).trials] == ids
 
 
+def test_a_trial_on_other_data_or_from_another_init_is_another_trial():
+    request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1}})
+    other_data = DATA.model_copy(update={"snapshot": DATA.snapshot.model_copy(update={"digest": "c" * 64})})
+    other_init = INIT.model_copy(update={"digest": "c" * 64})
+    ids = [plan(request, data, init).trials[0].id for data, init in [(DATA, INIT), (other_data, INIT), (DATA, other_init)]]
+    assert len(set(ids)) == 3
+
+
 @pytest.mark.parametrize(("settings", "multiple"), [({"batch_size": 9}, 2), ({"batch_size": 6, "mixup": 0.3}, 4)])
 def test_a_batch_its_gpus_cannot_share_is_refused_before_any_is_taken(settings, multiple):
-    from stockpot.config import RetrainRequest
-
     request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "settings": settings}, "fan_out": {"gpus": 2}})
     with pytest.raises(BadRequest, match=f"make `batch_size` a multiple of {multiple}"):
         plan(request, DATA, INIT)
 
 
 def test_gpus_change_no_trial_and_an_untrained_init_needs_one():
-    from stockpot.config import RetrainRequest
-
     alone, together = (
         plan(RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "init_as_ingredient": True}, "fan_out": fan_out}), DATA, INIT)
         for fan_out in ({}, {"gpus": 4})
