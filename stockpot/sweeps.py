@@ -22,17 +22,16 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
 
     Raises `BadRequest` when the space cannot give that many different trials; those that train nothing are all the same one.
     """
-    drawn: list[TrialSettings] = []
+    numbers: dict[TrialSettings, int] = {}
     for index in range(spec.trials):
         settings = _settings(spec, index)
-        if settings in drawn:
+        if settings in numbers:
             raise BadRequest(
-                f"Trial {index} of the sweep equals trial {drawn.index(settings)}: the space has fewer than {spec.trials} different "
+                f"Trial {index} of the sweep equals trial {numbers[settings]}: the space has fewer than {spec.trials} different "
                 "trials. Ask for fewer trials, or draw another field."
             )
-        drawn.append(settings)
-    if spec.init_as_ingredient:
-        drawn.append(UNTRAINED)
+        numbers[settings] = index
+    drawn = [*numbers, *[UNTRAINED] * spec.init_as_ingredient]
     untrained = [index for index, settings in enumerate(drawn) if settings.max_steps == 0]
     if len(untrained) > 1:
         raise BadRequest(
