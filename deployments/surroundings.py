@@ -41,16 +41,18 @@ def check_prefect(timeout_s: float = 4.0) -> None:
 
 
 def check_request(request: RetrainRequest) -> None:
-    """Raises a stated failure when MLflow, the object store or a snapshot of the request is not there."""
+    """Raises a stated failure when MLflow, the object store, a snapshot, the architecture or as many trials are not there."""
     from stockpot import storage
     from stockpot.data.snapshots import pin
     from stockpot.ledger import connection
-    from stockpot.sweeps import draw
+    from stockpot.models.bases import require_known
+    from stockpot.sweeps import allotted
 
-    draw(request.sweep)
+    allotted(request)
     connection.check_server()
     if request.store.startswith("s3://"):
         storage.check("/".join(request.store.split("/")[:3]))  # the bucket: the store itself is empty before the first sweep
     for uri in (request.data.snapshot, request.data.test, *request.data.shifts.values()):
         if uri:
             pin(uri)
+    require_known(request.base)

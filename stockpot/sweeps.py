@@ -41,11 +41,14 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
     return tuple(drawn)
 
 
-def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
-    """The whole sweep: its id, and one self-contained `Trial` per draw, identified by what decides its result.
+def allotted(request: RetrainRequest) -> list[tuple[TrialSettings, int]]:
+    """The request's trials, and the GPUs that each takes. Raises `BadRequest` for a space without as many trials, and for a batch that its
+    GPUs cannot share."""
+    return [(settings, _ranks(index, settings, request.fan_out.gpus)) for index, settings in enumerate(draw(request.sweep))]
 
-    Raises `BadRequest` for a space without as many trials, and for a batch that its GPUs cannot share.
-    """
+
+def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
+    """The whole sweep: its id, and one self-contained `Trial` per draw, identified by what decides its result. Raises as `allotted`."""
     sweep = sweep_id(request, data, init)
     trials = tuple(
         Trial(
@@ -62,9 +65,9 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
             reading=request.data.reading,
             state_interval_s=request.fan_out.state_interval_s,
             budget_s=request.fan_out.budget_s,
-            gpus=_ranks(index, settings, request.fan_out.gpus),
+            gpus=gpus,
         )
-        for index, settings in enumerate(draw(request.sweep))
+        for index, (settings, gpus) in enumerate(allotted(request))
     )
     return Sweep(id=sweep, request=request, data=data, init=init, trials=trials)
 

@@ -8,7 +8,7 @@ from prefect import get_run_logger, runtime, task
 
 from stockpot.config import Init, PinnedData, RetrainRequest, Sweep
 from stockpot.outcomes import Accuracy
-from stockpot.sweeps import plan
+from stockpot.sweeps import allotted, plan
 from tasks.policies import TRANSIENT, flow_run_page, in_own_process
 
 
@@ -38,6 +38,7 @@ def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     from stockpot.training.probing import probed
     from stockpot.training.rehearsal import rehearse, require_same_classes
 
+    allotted(request)
     require_same_classes(data)
     read = request.data
     probe = partial(probed, loader_workers=read.loader_workers, skip_fraction=read.skip_fraction, reading=read.reading)

@@ -54,6 +54,13 @@ def load_base(base: BaseSpec, *, seed: int = 0) -> Base:
     return Base(kind, arch, preprocess, tower, text)
 
 
+def require_known(base: BaseSpec) -> None:
+    """Raises `ModelError` for an architecture or a tag that no library knows, with the nearest names. What lies elsewhere (a config of the
+    user's own, an import, a hub) is looked at by whoever loads it."""
+    if _kind(base) in ("open_clip", "timm") and not is_uri(base.arch):
+        _described(base)
+
+
 def _described(base: BaseSpec) -> tuple[Kind, dict[str, Any], Preparation]:
     kind = _kind(base)
     arch, own = DOORS[kind].describe(base)

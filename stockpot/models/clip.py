@@ -69,8 +69,7 @@ def describe(base: BaseSpec) -> tuple[dict[str, Any], Preprocess]:
     if base.weights and not is_uri(base.weights) and not tag:
         tags = open_clip.list_pretrained_tags_by_model(base.arch)
         raise ModelError(f"`{base.arch}` has no weights tagged `{base.weights}`; {nearest(base.weights, tags)}")
-    if tag:
-        known["quick_gelu"] = tag.get("quick_gelu", False)
+    known["quick_gelu"] = known.get("quick_gelu", False) or tag.get("quick_gelu", False)  # tags say it where architectures do not
     return known, _preprocess(known, tag)
 
 

@@ -245,6 +245,8 @@ def test_a_retraining_whose_parent_died_is_taken_up_without_doubling_its_trials(
         ({}, {"data": {"snapshot": f"s3://stockpot/digits-10/digits/snapshots/{'0' * 64}.json"}}, "0000"),
         ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, {}, "MLFLOW_TRACKING_URI=http://127.0.0.1:9"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, {}, "127.0.0.1:9"),
+        ({}, {"base": {"arch": "ViT-B-33"}}, "There is no architecture `ViT-B-33`; did you mean"),
+        ({}, {"sweep": {"trials": 3, "space": {"seed": {"choice": [1, 2]}}}}, "has fewer than 3 different trials"),
     ],
 )
 def test_what_is_not_there_is_one_sentence_before_anything_starts(stack, request_for, tmp_path, environ, change, said):

@@ -81,7 +81,7 @@ def test_a_trial_on_other_data_or_from_another_init_is_another_trial():
 
 
 @pytest.mark.parametrize(("settings", "multiple"), [({"batch_size": 9}, 2), ({"batch_size": 6, "mixup": 0.3}, 4)])
-def test_a_batch_its_gpus_cannot_share_is_refused_before_any_is_taken(settings, multiple):
+def test_a_batch_its_gpus_cannot_share_is_refused(settings, multiple):
     request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "settings": settings}, "fan_out": {"gpus": 2}})
     with pytest.raises(BadRequest, match=f"make `batch_size` a multiple of {multiple}"):
         plan(request, DATA, INIT)

@@ -8,7 +8,14 @@ from stockpot.training import probing
 from tasks.planning import _prepare
 
 
-def test_a_sweep_is_rehearsed_before_a_head_is_fitted(ground, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"sweep": {"trials": 1, "settings": {"augmentation": "maximal"}}}, "no augmentation `maximal`"),
+        ({"sweep": {"trials": 1, "settings": {"batch_size": 9}}, "fan_out": {"gpus": 2}}, "make `batch_size` a multiple of 2"),
+    ],
+)
+def test_a_sweep_is_rehearsed_before_a_head_is_fitted(ground, tmp_path, monkeypatch, asked, said):
     monkeypatch.setattr(probing, "probed", lambda *_given, **_how: pytest.fail("the head was fitted"))
     request = {
         "model": "planned",
@@ -16,7 +23,7 @@ def test_a_sweep_is_rehearsed_before_a_head_is_fitted(ground, tmp_path, monkeypa
         "data": {"snapshot": ground.data.snapshot.uri},
         "base": {"arch": "timm:test_resnet"},
         "init": {"head": "linear_probe"},
-        "sweep": {"trials": 1, "settings": {"augmentation": "maximal"}},
+        **asked,
     }
-    with pytest.raises(BadRequest, match="no augmentation `maximal`"):
+    with pytest.raises(BadRequest, match=said):
         _prepare(RetrainRequest.model_validate(request), ground.data)

@@ -90,6 +90,33 @@ def test_an_unknown_tag_offers_the_nearest():
         load_base(BaseSpec(arch="ViT-B-32", weights="opena"))
 
 
+@pytest.mark.parametrize(
+    ("arch", "weights", "quick"),
+    [
+        ("ViT-B-32", None, False),
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B-32-quickgelu", "laion400m_e32", True),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k", True),
+    ],
+)
+def test_the_activation_is_that_of_the_published_weights(arch, weights, quick):
+    """By open_clip's own tables: some architectures say it, some tags do."""
+    assert clip.describe(BaseSpec(arch=arch, weights=weights))[0]["quick_gelu"] is quick
+
+
+def test_published_weights_arrive_whole(own, monkeypatch):
+    """The hub's file is one of ours; all that is left out is the hub."""
+    path = Path(own.weights.removeprefix("file://"))
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda _tag: str(path))
+    tower, text = clip.load(BaseSpec(arch="RN50", weights="openai"), CONFIG["model_cfg"])
+    published = load_weights(path)
+    assert tower.keys() == {name.removeprefix("visual.") for name in published if name.startswith("visual.")}
+    assert all(torch.equal(tensor, published[f"visual.{name}"]) for name, tensor in tower.items())
+    assert torch.equal(text.logit_scale, published["logit_scale"])
+    assert torch.equal(text.encoder.token_embedding.weight, published["token_embedding.weight"])
+
+
 def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch):
     def unreachable(*_args, **_kwargs):
         raise URLError("no way out")
