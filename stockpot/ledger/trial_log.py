@@ -117,7 +117,7 @@ def replay_metrics() -> int:
 
 
 def _replayed(path: Path) -> int:
-    with suppress(ServerUnreachable, OSError):
+    with suppress(ServerUnreachable, ServerRefused, OSError):
         return replay(path, partial(_send_points, _run_of(path))) if _known(_run_of(path)) else 0
     return 0
 
@@ -144,5 +144,5 @@ def _send_points(mlflow_run_id: str, points: list[Point]) -> None:
     try:
         with asking():
             client().log_batch(mlflow_run_id, metrics=[Metric(*point) for point in points])
-    except MlflowException as error:  # too many requests, a token that is being exchanged: not stored, so kept and sent again
+    except (ServerRefused, MlflowException) as error:  # a token that is being exchanged, too many requests: not stored, so sent again
         raise ServerUnreachable(f"The ledger refuses points of run {mlflow_run_id} ({str(error).splitlines()[0][:200]}).") from error

@@ -2,6 +2,7 @@
 
 import fcntl
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -82,20 +83,26 @@ def test_a_file_delivered_before_its_maker_locked_it_is_made_anew(tmp_path: Path
     assert replay(path, sent.extend) == 5
 
 
-@pytest.mark.parametrize("status", [401, 429, 400])
-def test_points_a_server_refuses_are_kept_and_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def answer(status: int) -> Exception:
+    """What MLflow's client raises for an HTTP status."""
     from mlflow.exceptions import RestException
 
+    error = RestException({"error_code": "BAD_REQUEST", "message": "no"})
+    error.get_http_status_code = lambda: status  # type: ignore[method-assign]
+    return error
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 400])
+def test_points_a_server_refuses_are_kept_and_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     class Client:
         calls = 0
 
         def log_batch(self, _run: str, metrics: list[object]) -> None:
             Client.calls += 1
             if Client.calls == 1:
-                error = RestException({"error_code": "BAD_REQUEST", "message": "no"})
-                error.get_http_status_code = lambda: status  # type: ignore[method-assign]
-                raise error
+                raise answer(status)
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(trial_log, "client", Client)
     spool = Spool(tmp_path / "points.jsonl", lambda points: trial_log._send_points("run", points), every_s=0.01)
     spool.add(POINTS)
@@ -106,12 +113,22 @@ def test_points_a_server_refuses_are_kept_and_sent_again(tmp_path: Path, monkeyp
     assert spool.close() == 0
 
 
-def test_what_another_trial_left_and_nobody_takes_fails_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = trial_log._spool_folder() / "run.x.jsonl"
+@pytest.mark.parametrize("refused", ["get_run", "log_batch"])
+@pytest.mark.parametrize("status", [401, 403, 429, 404, 500])
+def test_what_another_trial_left_and_nobody_takes_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, status: int
+) -> None:
+    path = tmp_path / "stockpot" / "spool" / "run.x.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text('["train/loss", 1.0, 1, 1]\n')
-    monkeypatch.setattr(trial_log, "_known", lambda _run: True)
-    monkeypatch.setattr(trial_log, "_send_points", lambda _run, points: refuse(points))
+    server = Mock()
+    server.get_run().info.lifecycle_stage = "active"
+    getattr(server, refused).side_effect = answer(status)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(trial_log, "client", lambda: server)
     assert trial_log.replay_metrics() == 0
     assert path.exists()
+    getattr(server, refused).side_effect = None
+    assert trial_log.replay_metrics() == 1
+    assert not path.exists()
