@@ -1,12 +1,11 @@
-"""What the trainer costs over the loop a specialist would write, on the same model and batches in memory, and where a trial's start goes.
+"""What the trainer costs over the loop a specialist would write, on the same model and batches in memory.
 
-`train.step_vs_bare`: steps per second of `stockpot.training.trainer.train`, all logging on, moving average off, over a bare PyTorch loop
-(normalise, forward, cross-entropy, backward, clip, fused AdamW, cosine). The two alternate; a ratio is taken per pair,
-the median is reported.
-`train.start_up`: seconds of CPU from a process' start to its first step, in the named parts.
+`train.step_vs_bare`: steps per second of `stockpot.training.trainer.train`, logging all that a trial logs, moving average off, over a bare
+PyTorch loop (normalise, forward, cross-entropy, backward, clip, fused AdamW, cosine). What a trial logs: metrics to a real MLflow through
+the spool, system metrics, and its lines to a real Prefect. The two alternate; a ratio is taken per pair, the median is reported.
 `train.concurrent`: steps per second of N trials at once, over those of one alone; the machine has the cores that the entry names.
-`train.memory_*`: what a moving average, SAM and evaluation add to the peak memory of a trial, in copies of its weights. Plain AdamW holds
-four (weights, gradients, two moments) and activations; each figure is of processes of their own, on a model of 300 MB.
+
+What its options cost is in `train_overhead`, what they hold in `train_memory`, where a trial's start goes in `train_start`.
 """
 
 import json
@@ -14,64 +13,29 @@ import math
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from prefect import flow, get_run_logger
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stockpot.evaluation import accuracy, logits
+from benchmarks._ground import opened_trials
+from stockpot.config import Trial
+from stockpot.ledger.trial_log import TrialLog
 from stockpot.models.classifier import ModelConfig, build
-from stockpot.outcomes import Accuracy
 from stockpot.preparation import Preprocess
 from stockpot.settings import TrialSettings
-from stockpot.training.trainer import train
+from stockpot.training.trainer import Log, train
+from stockpot.training.trials import _note
 
-STEPS, PAIRS, BATCH = 20, 11, 16
+STEPS, PAIRS, BATCH = 60, 9, 16
 PREPROCESS = Preprocess(size=64, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
-SMALL = PREPROCESS.model_copy(update={"size": 32})
 ARCH = {"embed_dim": 128, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64}}
 SETTINGS = TrialSettings(epochs=1, batch_size=BATCH, learning_rate=1e-4, warmup_steps=4)
-START = """
-import json, time
-parts, began = {}, [time.process_time()]
-def part(name):
-    now = time.process_time(); parts[name] = now - began[0]; began[0] = now
-parts["python"] = began[0]
-import torch; part("torch")
-import stockpot.models; part("open_clip, timm and torchvision")
-import stockpot.data.shards; part("data plane")
-import stockpot.ledger.tracking; part("mlflow")
-import stockpot.training.trials; part("the rest of a trial")
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]); part("optimiser")
-from benchmarks.train import SETTINGS, batches, model, PREPROCESS
-from stockpot.outcomes import Accuracy
-from stockpot.training.trainer import train
-train(model(), SETTINGS.model_copy(update={"max_steps": 1}), batches, steps_per_epoch=1, preprocess=PREPROCESS)
-part("model and first step")
-print(json.dumps(parts))
-"""
-
-
-PEAK = """
-import resource, sys
-import torch
-from benchmarks import train
-torch.set_num_threads(2)
-train.fat_trial(sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
-FAT = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 1024, "layers": 6, "head_width": 64}}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "moving_average": {"ema_decays": (0.999,)},
-    "sam": {"sam_rho": 0.05},
-    "evaluation": {"evaluate_every_steps": 1},
-}
 
 
 class Batch(NamedTuple):
@@ -81,47 +45,54 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-def measure() -> dict[str, dict[str, Any]]:
+class Seconds(NamedTuple):
+    """How long a run took: `cpu` counts all threads of the process, and is steadier on a shared machine."""
+
+    cpu: float
+    clock: float
+
+
+def measure(steps: int = STEPS, pairs: int = PAIRS) -> dict[str, dict[str, Any]]:
     """Every figure by its name in the bench file."""
     torch.set_num_threads(1)
-    ratios, seconds = [], []
-    for _ in range(2):
-        bare(model(), 5)
-        ours(model(), 5)
-    for number in range(PAIRS):
-        pair = {}
-        for run in (bare, ours) if number % 2 else (ours, bare):
-            pair[run] = timed(run)
-        ratios.append(pair[bare] / pair[ours])
-        seconds.append(pair[bare] / STEPS)
-    parts = start_up()
+    with opened_trials(1, ARCH, SETTINGS) as (trial,):
+        found = alternating(trial, steps, pairs)
+    ratios = [pair["bare"].cpu / pair["ours"].cpu for pair in found]
     return {
         "train.step_vs_bare": {
             "ratio": statistics.median(ratios),
-            "unit": "steps per second over steps per second",
+            "unit": "steps per second over steps per second, in CPU time of all threads",
             "peer": "bare PyTorch loop, same model, batches in memory, one thread",
-            "repeats": PAIRS,
+            "repeats": pairs,
             "spread": [min(ratios), max(ratios)],
-            "bare_step_ms": 1000 * statistics.median(seconds),
-        },
-        "train.start_up": {
-            "ratio": sum(parts.values()),
-            "unit": "CPU seconds from process start to the first step",
-            "peer": "import torch alone: " + format(parts["torch"], ".2f"),
-            "repeats": 2,
-            "spread": parts,
+            "on_the_clock": statistics.median(pair["bare"].clock / pair["ours"].clock for pair in found),
+            "bare_step_ms": 1000 * statistics.median(pair["bare"].cpu for pair in found) / steps,
         },
         "train.concurrent": concurrent(),
-        **memory(),
     }
 
 
-def timed(run: Callable[[nn.Module, int], None]) -> float:
-    """CPU seconds of `STEPS` steps: on a shared machine steadier than the clock on the wall."""
+@flow(name="bench")
+def alternating(trial: Trial, steps: int, pairs: int) -> list[dict[str, Seconds]]:
+    """What so many steps of the bare loop and of ours took, pair by pair; opening and closing the trial's log is no part of a step."""
+    say = get_run_logger().info
+
+    def logged(count: int) -> Seconds:
+        with TrialLog(trial, claim=1) as log:
+            return timed(partial(ours, log=_note(trial, log, say)), count)
+
+    loops = {"bare": partial(timed, bare), "ours": logged}
+    for loop in loops.values():
+        loop(5)
+    return [{name: loops[name](steps) for name in sorted(loops, reverse=bool(number % 2))} for number in range(pairs)]
+
+
+def timed(run: Callable[[nn.Module, int], None], steps: int) -> Seconds:
+    """What so many steps take on a fresh model."""
     net = model()
-    began = time.process_time()
-    run(net, STEPS)
-    return time.process_time() - began
+    cpu, clock = time.process_time(), time.perf_counter()
+    run(net, steps)
+    return Seconds(time.process_time() - cpu, time.perf_counter() - clock)
 
 
 def model() -> nn.Module:
@@ -135,21 +106,14 @@ def batches(_epoch: int, _skip: int = 0) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (BATCH, 3, 64, 64), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    for _ in range(STEPS):
+    while True:
         yield Batch(images, labels)
 
 
-def ours(net: nn.Module, steps: int) -> None:
-    """The trainer, with a log that keeps everything."""
-    logged: list[tuple[int, dict[str, float]]] = []
-    train(
-        net,
-        SETTINGS.model_copy(update={"max_steps": steps}),
-        batches,
-        steps_per_epoch=STEPS,
-        preprocess=PREPROCESS,
-        log=lambda metrics, step: logged.append((step, metrics)),
-    )
+def ours(net: nn.Module, steps: int, log: Log = lambda _metrics, _step: None) -> None:
+    """The trainer."""
+    settings = SETTINGS.model_copy(update={"max_steps": steps})
+    train(net, settings, batches, steps_per_epoch=steps, preprocess=PREPROCESS, log=log)
 
 
 def bare(net: nn.Module, steps: int) -> None:
@@ -166,15 +130,6 @@ def bare(net: nn.Module, steps: int) -> None:
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         rule.step()
         schedule.step()
-
-
-def start_up() -> dict[str, float]:
-    """CPU seconds of each part of a trial's start, the smaller of two processes."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", START], env=environ, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)
-    ]
-    return {name: round(min(run[name] for run in runs), 2) for name in runs[0]}
 
 
 def concurrent(counts: tuple[int, ...] = (1, 2, 4), seconds: float = 8.0) -> dict[str, Any]:
@@ -211,51 +166,11 @@ def _train_on(steps: Any, ready: Any, seconds: float) -> None:
     ready.wait()
     end, done = time.monotonic() + seconds, 0
     while time.monotonic() < end:
-        ours(net, STEPS)
-        done += STEPS
+        ours(net, 20)
+        done += 20
     with steps.get_lock():
         steps.value += done
 
 
-def memory() -> dict[str, dict[str, Any]]:
-    """Peak memory of each variant over the plain one's, in copies of the weights."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in fat_model().parameters())
-    peaks = {
-        name: min(
-            int(subprocess.run([sys.executable, "-c", PEAK, name], stdout=subprocess.PIPE, check=True).stdout.split()[-1]) for _ in range(2)
-        )
-        for name in VARIANTS
-    }
-    peers = {
-        "moving_average": "plain AdamW; two more copies are the average itself, which is float64",
-        "sam": "plain AdamW; one more copy is the weights to come back to",
-        "evaluation": "plain AdamW; one more copy is the best weights so far, kept on the CPU. A copy of the optimiser would be two",
-    }
-    return {
-        f"train.memory_{name}": {
-            "ratio": (peaks[name] - peaks["plain"]) / weights,
-            "unit": "copies of the weights added to the peak",
-            "peer": peer,
-            "repeats": 2,
-            "spread": {"weights_mb": round(weights / 1e6), "plain_mb": round(peaks["plain"] / 1e6), "peak_mb": round(peaks[name] / 1e6)},
-        }
-        for name, peer in peers.items()
-    }
-
-
-def fat_model() -> nn.Module:
-    """Much weight, little activation: what is held twice shows."""
-    torch.manual_seed(0)
-    return build(ModelConfig(kind="open_clip", arch=FAT, preprocess=SMALL, classes=tuple("abcdefghij")))
-
-
-def fat_trial(variant: str) -> None:
-    """Three steps of the fat model with one of `VARIANTS`."""
-    settings = TrialSettings.model_validate({**SETTINGS.model_dump(), "max_steps": 3, **VARIANTS[variant]})
-    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (4,))
-
-    def score(net: nn.Module) -> Accuracy:
-        return accuracy(logits(net, images, SMALL), labels)
-
-    batch = Batch(images, labels)
-    train(fat_model(), settings, lambda _epoch, _skip: iter([batch] * 3), steps_per_epoch=3, preprocess=SMALL, score=score)
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=1))
