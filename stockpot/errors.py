@@ -9,6 +9,7 @@ StockpotError                    a stated failure: the command line prints the m
 │   └── RankLost                 one of the processes of a trial on several GPUs vanished
 ├── StorageError                 the object store answered, but not with what was asked
 │   ├── StorageRefused           credentials, bucket or permission
+│   ├── Interrupted              its bytes ended early, or came no further (also Transient)
 │   ├── ObjectMissing            no such object, or an empty prefix
 │   └── ObjectExists             a conditional create found the object already there
 ├── DataError                    a dataset is not what its snapshot says
@@ -67,6 +68,10 @@ class StorageError(StockpotError):
 
 class StorageRefused(StorageError):
     """Credentials, bucket or permission."""
+
+
+class Interrupted(StorageError, Transient):
+    """An object's bytes ended before its end, by a cut or by silence."""
 
 
 class ObjectMissing(StorageError):

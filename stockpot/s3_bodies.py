@@ -13,7 +13,7 @@ import aiohttp
 import fsspec.asyn
 from botocore.exceptions import BotoCoreError
 
-from stockpot.errors import StorageError, Transient
+from stockpot.errors import Interrupted
 from stockpot.s3 import filesystem, said, split, where
 
 SILENCE_S = 10
@@ -22,17 +22,18 @@ SILENCE_S = 10
 READ_BYTES = 2**20
 
 
-class Interrupted(StorageError, Transient):
-    """A body stopped before its end; `Body.read_into` may be called again from where it stopped. `silent`: by silence, not by a cut."""
+class Stopped(Interrupted):
+    """A body stopped before its end; `Body.read_into` may be called again from where it stopped."""
 
     silent = False
+    """By silence, not by a cut."""
 
 
 class Body:
     """One object's bytes, read forward and resumed by range after a cut; guarded by If-Match, so a replaced object is an error.
 
     `read_into(sink)` hands pieces to `sink`, in the thread that called, until the end; meanwhile the next MiB is on its way. It raises
-    `Interrupted` when the connection ends early or is silent for 10 s; calling it again goes on from `offset`.
+    `Stopped` when the connection ends early or is silent for 10 s; calling it again goes on from `offset`.
     """
 
     def __init__(self, uri: str, etag: str | None = None) -> None:
@@ -67,9 +68,9 @@ class Body:
         self.etag = answer["ETag"].strip('"')
         return answer
 
-    def _interrupted(self, reason: str, *, silent: bool = False) -> Interrupted:
+    def _interrupted(self, reason: str, *, silent: bool = False) -> Stopped:
         of = f" of {self.size:,}" if self.size is not None else ""
-        error = Interrupted(f"{self.uri} stopped after {self.offset:,}{of} bytes ({reason}; {where()}).")
+        error = Stopped(f"{self.uri} stopped after {self.offset:,}{of} bytes ({reason}; {where()}).")
         error.silent = silent
         return error
 

@@ -19,9 +19,9 @@ from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
 
 from stockpot import s3, s3_bodies
-from stockpot.errors import ObjectExists, ObjectMissing, SnapshotBroken, StorageError, StorageRefused
+from stockpot.errors import Interrupted, ObjectExists, ObjectMissing, SnapshotBroken, StorageError, StorageRefused
 from stockpot.s3 import StoredObject
-from stockpot.s3_bodies import Interrupted
+from stockpot.s3_bodies import Stopped
 
 __all__ = [
     "Interrupted",
@@ -80,7 +80,7 @@ def fetch(uri: str, sink: Callable[[bytes], Any], *, etag: str | None = None) ->
         try:
             body.read_into(_guarded(sink, uri))
             return Fetched(body.offset, body.etag or "", retries)
-        except Interrupted as error:
+        except Stopped as error:
             retries += 1
             silences += error.silent
             fruitless = 0 if body.offset > before else fruitless + 1

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE_S = 300.0
+PATIENCE_S = 800.0
 
 SOON_S = 30.0
 """What a person waits for at most to hear that a server is away: some four seconds by the product's own deadline, and a slow machine's

@@ -16,6 +16,7 @@ from stockpot.data.epochs import derive
 from stockpot.data.images import Undecodable
 from stockpot.data.preparing import Augment, as_evaluated, decoded
 from stockpot.data.snapshots import Snapshot
+from stockpot.errors import StockpotError
 from stockpot.preparation import Preparation
 
 # B samples of a batch, S side in pixels, L tokens
@@ -46,7 +47,7 @@ class Made(NamedTuple):
 
 
 @dataclass
-class Maker(Dataset[Made]):
+class Maker(Dataset[Made | StockpotError]):
     """Makes batches; it travels to loader workers as it is, without open files."""
 
     snapshot: Snapshot
@@ -56,8 +57,12 @@ class Maker(Dataset[Made]):
     _files: dict[int, int] = field(default_factory=dict)
     _fetched: Counter[str] = field(default_factory=Counter)
 
-    def __getitem__(self, wanted: Wanted) -> Made:
-        return self.make(wanted)
+    def __getitem__(self, wanted: Wanted) -> Made | StockpotError:
+        """What a loader worker hands over: a batch, or the sentence that says why there is none, which torch would bury in a traceback."""
+        try:
+            return self.make(wanted)
+        except StockpotError as error:
+            return error
 
     def make(self, wanted: Wanted) -> Made:
         """One batch from the node cache."""

@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -87,11 +88,9 @@ class NodeCache:
             )
 
     def evictable(self, own: list[str]) -> int:
-        """Bytes that could be had: free ones, and files of the cache that are neither held nor in `own`."""
+        """Bytes that could be had: free ones, and what `evict` would remove but for `own`."""
         with locked(self.root / "janitor.lock"):
-            kept = set(own).union(*(_held(active) for active in (self.root / "active").glob("*.json")))
-        files = self.root.glob("sha256/*/*")
-        return self.free() + sum(path.lstat().st_size for path in files if path.name.split(".")[0] not in kept)
+            return self.free() + sum(map(_size, self._idle(own)))
 
     @contextmanager
     def hold(self, snapshot: str, contents: list[str]) -> Iterator[None]:
@@ -111,15 +110,11 @@ class NodeCache:
         """Remove what was fetched or built longest ago until `wanted` bytes are free, parts of dead processes included; never anything of
         a snapshot that is held. Returns the number of files and folders removed."""
         with locked(self.root / "janitor.lock"):
-            held = {active.stem: _held(active) for active in (self.root / "active").glob("*.json")}
-            kept = {sha256 for contents in held.values() for sha256 in contents}
-            prefixes = tuple(digest[:12] for digest, contents in held.items() if contents)
             removed = 0
-            found = [path for kind in ("sha256/*/*", "pixels/*", "features/*") for path in self.root.glob(kind) if path.suffix != ".lock"]
-            for path in sorted(found, key=lambda path: path.lstat().st_mtime):
+            for path in sorted(self._idle(), key=lambda path: path.lstat().st_mtime):
                 if self.free() >= wanted:
                     break
-                if path.name.split(".")[0] in kept or path.name.startswith(prefixes) or not _unlocked(path):
+                if not _unlocked(path):
                     continue
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -127,6 +122,14 @@ class NodeCache:
                     path.unlink()
                 removed += 1
             return removed
+
+    def _idle(self, own: Iterable[str] = ()) -> list[Path]:
+        """Files and folders that belong neither to a snapshot that is held nor to `own` contents; asked under the janitor's lock."""
+        held = {active.stem: _held(active) for active in (self.root / "active").glob("*.json")}
+        kept = {*own, *chain.from_iterable(held.values())}
+        prefixes = tuple(digest[:12] for digest, contents in held.items() if contents)
+        found = [path for kind in ("sha256/*/*", "pixels/*", "features/*") for path in self.root.glob(kind) if path.suffix != ".lock"]
+        return [path for path in found if path.name.split(".")[0] not in kept and not path.name.startswith(prefixes)]
 
 
 @contextmanager
@@ -154,6 +157,11 @@ def _raise_failure_since(asked: float, lock: TextIO) -> None:
         failed, kind, sentence = json.loads(text)
         if failed > asked:
             raise getattr(errors, kind, StorageError)(sentence)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of a folder's files."""
+    return sum(map(_size, path.iterdir())) if path.is_dir() else path.lstat().st_size
 
 
 def _unlocked(path: Path) -> bool:

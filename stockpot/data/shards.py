@@ -28,7 +28,7 @@ from stockpot.data.preparing import Augment, transform_digest
 from stockpot.data.snapshots import Snapshot
 from stockpot.data.stopping import until_failure
 from stockpot.data.streaming import StreamedBytes
-from stockpot.errors import SkipBudgetExceeded
+from stockpot.errors import SkipBudgetExceeded, StockpotError
 from stockpot.preparation import Preparation
 
 __all__ = ["Augment", "Batch", "Pixels", "TrainReader", "decode", "eval_transform", "pixels", "transform_digest"]
@@ -89,7 +89,7 @@ class TrainReader:
         self._counting = Lock()
         self._maker = Maker(snapshot, preprocess, augment, seed)
         self._schedule = _Schedule()
-        self._loader: DataLoader[Made] | None = None
+        self._loader: DataLoader[Made | StockpotError] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -159,7 +159,10 @@ class TrainReader:
                 persistent_workers=True,
                 prefetch_factor=3,
             )
-        yield from self._loader
+        for made in self._loader:
+            if isinstance(made, StockpotError):
+                raise made
+            yield made
 
     def _streamed(self, epoch: int, skip: int) -> Generator[Made, None, None]:
         """From storage; samples are decoded by `loader_workers` threads of this process (decoding releases the interpreter lock)."""

@@ -85,8 +85,11 @@ def fine_tune(
     place: the rank that this process is, and its device; every rank reads its share of every batch, and the first one evaluates.
     """
     preprocess = model.config.preprocess
-    reader, last = (
-        TrainReader(
+
+    @cache
+    def reader(name: str) -> TrainReader:
+        """Train with that augmentation."""
+        return TrainReader(
             snapshot,
             preprocess=preprocess,
             augment=augmentation(name, preprocess, smallest_crop=settings.smallest_crop),
@@ -101,13 +104,13 @@ def fine_tune(
             # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
             drop_last=snapshot.counts["train"] >= settings.batch_size,
         )
-        for name in (settings.augmentation, settings.last_epoch_augmentation or settings.augmentation)
-    )
-    steps = reader.steps_per_epoch
+
+    names = (settings.augmentation, settings.last_epoch_augmentation or settings.augmentation)
+    steps = reader(settings.augmentation).steps_per_epoch
     last_epoch = (total_steps(settings, steps) - 1) // steps
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
-        return (last if epoch == last_epoch else reader).batches(epoch, skip)
+        return reader(names[epoch == last_epoch]).batches(epoch, skip)
 
     @cache
     def held_out() -> Pixels:
@@ -130,6 +133,7 @@ def fine_tune(
         rank=place.rank,
         world=place.world,
     )
-    counts = summed({name: reader.counters[name] + last.counters[name] for name in reader.counters}, place)
-    log({f"data/{name}": float(count) for name, count in counts.items()}, total_steps(settings, steps))
+    counts = [reader(name).counters for name in {*names}]
+    read = summed({name: sum(one[name] for one in counts) for name in counts[0]}, place)
+    log({f"data/{name}": float(count) for name, count in read.items()}, total_steps(settings, steps))
     return candidates

@@ -6,6 +6,7 @@ A trial is complete in itself and known by its digest: one that is already in th
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,9 +157,10 @@ def _patiently(work: Callable[[], Ingredient], hold: Attempt, candidates: dict[f
             return work()
         except ServerUnreachable as error:
             if candidates and not saved and hold.trial.id not in hold.recorded:
-                hold.save(FINISHED, finished(candidates))
-                saved = True
-                say(f"trial {hold.trial.index:02d} is trained and saved, and waits {PATIENCE_S:.0f} s for the ledger: {error}")
+                with suppress(ServerUnreachable):  # the store may be what is away: the next round saves
+                    hold.save(FINISHED, finished(candidates))
+                    saved = True
+                    say(f"trial {hold.trial.index:02d} is trained and saved, and waits {PATIENCE_S:.0f} s for the ledger: {error}")
             if time.monotonic() > end:
                 raise
         time.sleep(ASK_EVERY_S)

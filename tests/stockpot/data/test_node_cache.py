@@ -4,7 +4,10 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -12,9 +15,9 @@ from stockpot import storage
 from stockpot.data import node_cache
 from stockpot.data.node_cache import NodeCache
 from stockpot.data.snapshots import Snapshot, open_snapshot
-from stockpot.errors import DataError, SnapshotBroken
+from stockpot.errors import DataError, Interrupted, SnapshotBroken
 from tests.tiny_data import publish_tiny
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ def test_a_snapshot_held_by_another_process_is_spared_until_that_process_dies(
     holder = context.Process(target=_hold, args=(snapshot, ready))
     holder.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(PATIENCE_S)
         monkeypatch.setattr(NodeCache, "free", lambda self: 0)
         NodeCache().evict(1)
         assert kept.exists()
@@ -117,6 +120,40 @@ def test_eight_processes_read_the_dataset_once(snapshot: Snapshot) -> None:
     for worker in workers:
         worker.join()
     assert sum(read) == sum(shard.size for shard in snapshot.manifest.shards)
+
+
+def test_who_waited_for_the_fetch_of_another_shares_its_failure_and_may_try_again(
+    snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure of the network is Transient for all of them: their trials are started again."""
+    asked, locked = [], node_cache.locked
+
+    def noted(path: Path) -> AbstractContextManager[TextIO]:
+        asked.append(path)
+        return locked(path)
+
+    def cut(*_given: object, **_named: object) -> object:
+        until(lambda: len(asked) == 2, every_s=0.01)
+        raise Interrupted("It stopped after 7 bytes.")
+
+    monkeypatch.setattr(node_cache, "locked", noted)
+    monkeypatch.setattr(storage, "fetch_hashed", cut)
+    with ThreadPoolExecutor(2) as pool:
+        failures = [pool.submit(snapshot.fetch_shard, 0).exception for _ in range(2)]
+        assert [(type(failure()), str(failure())) for failure in failures] == [(Interrupted, "It stopped after 7 bytes.")] * 2
+    assert len(asked) == 2
+
+
+def test_what_may_be_had_is_what_eviction_frees(snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = snapshot.fetch_shard(0).path.stat().st_size
+    for kind in ("pixels", "features"):
+        (node / kind / "0123456789ab-old").mkdir(parents=True)
+        (node / kind / "0123456789ab-old" / "rows.npy").write_bytes(bytes(1000))
+    monkeypatch.setattr(NodeCache, "free", lambda self: 0)
+    assert NodeCache().evictable([]) == shard + 2000
+    assert NodeCache().evictable(snapshot.contents) == 2000
+    assert NodeCache().evict(10**9) == 3
+    assert NodeCache().evictable([]) == 0
 
 
 def _fill_slowly(snapshot: Snapshot, begun: "multiprocessing.synchronize.Event") -> None:

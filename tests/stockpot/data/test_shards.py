@@ -95,6 +95,18 @@ def test_streaming_skips_whole_groups_without_reading_them(tmp_path: Path, node:
     assert rest.counters["bytes_from_storage"] < whole.counters["bytes_from_storage"] / 2
 
 
+def test_what_a_loader_worker_finds_wrong_is_its_sentence_and_no_traceback(tmp_path: Path, node: Path) -> None:
+    broken = open_snapshot(publish_tiny(f"{tmp_path}/broken", 40, splits="train"))
+    for shard in broken.manifest.shards:
+        path = Path(broken.root.removeprefix("file://")) / shard.key
+        path.chmod(0o644)
+        path.write_bytes(b"?" * shard.size)
+    with pytest.raises(SnapshotBroken) as caught:
+        list(reader(broken, loader_workers=1).batches(0))
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_stream_that_is_left_early_ends_its_threads(snapshot: Snapshot) -> None:
     import threading
 

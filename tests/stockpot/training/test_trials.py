@@ -32,6 +32,7 @@ from stockpot.training.trials import Say, run_trial
 from tests.interrupting import Interrupting
 from tests.mlflow_server import free_port, mlflow_server
 from tests.tiny_sweep import png, tiny_sweep
+from tests.waiting import PATIENCE_S
 
 SETTINGS = TrialSettings(
     epochs=40, batch_size=20, learning_rate=1e-3, mixup=0.2, ema_decays=(0.9, 0.99), evaluate_every_steps=7, warmup_steps=5
@@ -156,22 +157,25 @@ def test_a_ledger_gone_at_the_end_costs_no_training(ground, ledger, tmp_path, mo
     settings = SETTINGS.model_copy(update={"epochs": 2, "evaluate_every_steps": 2, "ema_decays": (0.9,)})
     alone = run_trial(trial_of(ground, "never-waited", tmp_path, settings), say=lambda _line: None)
     trial, store, lines = trial_of(ground, "waited", tmp_path, settings), recording.store, []
-    silences = [2]
+    silences = {"ledger": 1000, "store": 0}
 
-    def silent_at_first(*args):
-        if silences[0]:
-            silences[0] -= 1
-            raise ServerUnreachable("No MLflow server answers")
-        return store(*args)
+    def silent_at_first(what, call, *args, **named):
+        if silences[what]:
+            silences[what] -= 1
+            raise ServerUnreachable(f"No {what} answers")
+        return call(*args, **named)
 
-    monkeypatch.setattr(recording, "store", silent_at_first)
+    monkeypatch.setattr(recording, "store", partial(silent_at_first, "ledger", store))
+    monkeypatch.setattr(storage, "upload", partial(silent_at_first, "store", storage.upload))
     monkeypatch.setattr(trials, "ASK_EVERY_S", 0.0)
     monkeypatch.setattr(trials, "PATIENCE_S", 0.0)
-    with pytest.raises(ServerUnreachable):
+    with pytest.raises(ServerUnreachable, match="No ledger answers"):
         run_trial(trial, say=lambda _line: None)
-    monkeypatch.setattr(trials, "PATIENCE_S", 60.0)
+    silences |= {"ledger": 2, "store": 1}  # with the store gone too, it is saved in the next round
+    monkeypatch.setattr(trials, "PATIENCE_S", PATIENCE_S)
     made = run_trial(trial, say=lines.append)
-    assert any("is trained and saved, and waits" in line for line in lines)
+    assert sum("is trained and saved, and waits" in line for line in lines) == 1
+    assert silences == {"ledger": 0, "store": 0}
     assert not any(" loss " in line for line in lines)
     assert (made.weights_sha256, made.held_out) == (alone.weights_sha256, alone.held_out)
     one, other = (tracking.find_ingredient(model, f"{trial.id}-ema-0.9") for model in ("never-waited", trial.model))
@@ -224,7 +228,7 @@ def test_a_trial_killed_and_preempted_at_random_ends_bit_identical(ground, ledge
         killed.send_signal(signal.SIGKILL)
     with start(trial, 1 + time.time_ns() % 2) as preempted:
         preempted.send_signal(signal.SIGTERM)
-        assert preempted.wait(60) == 143
+        assert preempted.wait(PATIENCE_S) == 143
     assert list((tmp_path / "store" / "training" / trial.model / trial.id).glob("state-*.safetensors"))
     lines: list[str] = []
     disturbed = run_trial(trial, say=lines.append)
@@ -240,13 +244,13 @@ def run_disturbed(trial: Trial, chance: random.Random) -> int:
         with start(trial, chance.randrange(1, 4)) as child:
             time.sleep(chance.uniform(0, 0.2))
             child.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
-            assert child.wait(60) in (-signal.SIGKILL, -signal.SIGTERM, 143, 0)
+            assert child.wait(PATIENCE_S) in (-signal.SIGKILL, -signal.SIGTERM, 143, 0)
     codes = []
     while 0 not in codes:  # a server that does not answer in time is worth another attempt, as in a sweep
         with start(trial, 0) as child:
             assert child.stdout is not None
             child.stdout.read()
-            codes.append(child.wait(60))
+            codes.append(child.wait(PATIENCE_S))
         assert len(codes) < 4, codes
     return kills
 
@@ -287,7 +291,7 @@ def test_a_killed_tracking_server_never_stops_training_and_loses_no_point(ground
     assert any("is trained and saved, and waits" in line for line in child.stdout)  # trained to its end with nobody to tell
     assert child.poll() is None  # it waits, what it trained saved
     with mlflow_server(root, port):
-        assert child.wait(60) == 0
+        assert child.wait(PATIENCE_S) == 0
         ingredient = run_trial(trial, say=lambda _line: None)
         points = client().get_metric_history(ingredient.mlflow_run_id, "train/loss")
         assert sorted({point.step for point in points}) == list(range(10, 121, 10))
