@@ -6,6 +6,7 @@ strong is RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with N=2, M=15. All 
 
 timm applies an operation of its RandAugment half of the time, and no magnitude above 10, unless a string says `p1` and `mmax`; the names
 here say both, as the paper and its reference code do. A string of the user's is taken at its word, and refused where timm would not.
+timm's crop of a long image may be below the smallest share of its area; there, and nowhere else, the crop is ours.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,8 @@ from stockpot.errors import BadRequest
 from stockpot.preparation import Preparation, Preprocess, Tokens
 
 Augment = Callable[[Tensor, int], Tensor]
+Box = tuple[int, int, int, int]
+"""Top, left, height and width of a crop, in pixels."""
 
 LOG2_WIDEST = 0.41503749927884376
 """log2(4/3): crops have an aspect between 3:4 and 4:3."""
@@ -106,10 +109,10 @@ class Crop:
         cut: Tensor = images.resized_crop(image_CHW, top, left, tall, wide, size, interpolation, antialias=True)
         return cut
 
-    def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a crop, in pixels, by torchvision's rule for RandomResizedCrop: an area and an aspect are drawn
-        until they fit into the image; where they do not, a central crop. Unlike torchvision's, none is ever below the share: a long
-        image's central crop is longer than the widest aspect, if need be."""
+    def box(self, height: int, width: int, rng: random.Random) -> Box:
+        """A crop by torchvision's rule for RandomResizedCrop: an area and an aspect are drawn until they fit into the image; where they do
+        not, a central crop. Unlike torchvision's, none is ever below the share: a long image's central crop is longer than the widest
+        aspect, if need be."""
         least = self.smallest * height * width
         for _ in range(TRIES):
             area, aspect = height * width * rng.uniform(self.smallest, 1.0), 2 ** rng.uniform(-LOG2_WIDEST, LOG2_WIDEST)
@@ -142,11 +145,20 @@ class TimmPolicy:
             mean=self.preprocess.mean,
             normalize=False,
         )
+        crop = made.transforms[0]
+        crop.get_params = partial(self._box, crop.get_params)
         for step in made.transforms:
             for op in getattr(step, "ops", None) or chain.from_iterable(getattr(step, "policy", ())):
                 if op.name.startswith("Posterize"):
                     op.aug_fn = _posterize
         return made
+
+    def _box(self, timms: Callable[..., Box], picture: Image.Image, scale: object, ratio: object) -> Box:
+        """timm's crop, where it keeps the share."""
+        box, height, width = timms(picture, scale, ratio), picture.height, picture.width
+        if box[2] * box[3] >= self.smallest * height * width:
+            return box
+        return Crop(self.preprocess, self.smallest).box(height, width, random.Random(random.getrandbits(63)))
 
     def __call__(self, image_CHW: Tensor, seed: int) -> Tensor:
         with seeded(seed):

@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms.v2.functional import to_pil_image
 
 from stockpot.errors import BadRequest
 from stockpot.preparation import Preprocess
@@ -35,6 +39,23 @@ def test_none_is_the_evaluation_transform():
     assert augmentation("none", PREPROCESS) is None
 
 
+@pytest.mark.parametrize(("name", "share"), [("minimal", 0.9), ("medium", 0.08), ("strong", 0.08), ("stochastic", 0.08), ("v0", 0.08)])
+def test_the_smallest_crop_is_the_published_one_where_none_is_asked_for(name, share):
+    assert augmentation(name, PREPROCESS).smallest == share
+
+
+@pytest.mark.parametrize("smallest", [None, 0.5])
+def test_medium_is_timms_default(smallest):
+    """In all but resizing and the shade that fills up, which are the model's, and the smallest crop where one is asked for."""
+    asked = {"scale": smallest and (smallest, 1.0), "interpolation": PREPROCESS.interpolation, "mean": PREPROCESS.mean}
+    theirs = create_transform(16, is_training=True, normalize=False, **asked)
+    medium = augmentation("medium", PREPROCESS, smallest_crop=smallest)
+    for seed in range(20):
+        with seeded(seed):
+            wanted = theirs(to_pil_image(IMAGE))
+        assert torch.equal(medium(IMAGE, seed), wanted)
+
+
 def test_the_smallest_crop_is_obeyed():
     plain = torch.arange(30, dtype=torch.uint8).expand(3, 21, 30) * 8
     whole = augmentation("minimal", PREPROCESS, smallest_crop=1.0)
@@ -45,13 +66,32 @@ def test_the_smallest_crop_is_obeyed():
     assert min(cut) < 100
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(1, 600), st.integers(1, 600), st.floats(0.01, 1.0), st.integers(0, 2**63))
-def test_no_crop_is_below_the_share_or_outside_the_image(height, width, smallest, seed):
-    top, left, tall, wide = Crop(PREPROCESS, smallest).box(height, width, random.Random(seed))
+def ours(height, width, smallest, seed):
+    return Crop(PREPROCESS, smallest).box(height, width, random.Random(seed))
+
+
+def in_timm(height, width, smallest, seed):
+    timms = RandomResizedCropAndInterpolation.get_params
+    with seeded(seed):
+        return TimmPolicy(PREPROCESS, smallest, None)._box(timms, Image.new("L", (width, height)), (smallest, 1.0), (3 / 4, 4 / 3))
+
+
+@pytest.mark.parametrize("box", [ours, in_timm])
+@settings(max_examples=200, deadline=None)
+@given(height=st.integers(1, 600), width=st.integers(1, 600), smallest=st.floats(0.01, 1.0), seed=st.integers(0, 2**63))
+def test_no_crop_is_below_the_share_or_outside_the_image(box, height, width, smallest, seed):
+    top, left, tall, wide = box(height, width, smallest, seed)
     assert tall * wide >= smallest * height * width
     assert 0 <= top <= height - tall
     assert 0 <= left <= width - wide
+
+
+@pytest.mark.parametrize("name", ["minimal", "rand-m1-n0"])
+def test_a_long_image_keeps_its_share_too(name):
+    """800 pixels by 8 from black to white: a crop no wider than 4:3 would be of one grey."""
+    ramp = torch.linspace(0, 255, 800).to(torch.uint8).expand(3, 8, 800)
+    augment = augmentation(name, PREPROCESS, smallest_crop=0.9)
+    assert min(int(image.max()) - int(image.min()) for image in (augment(ramp, seed) for seed in range(20))) > 200
 
 
 def test_a_crop_is_as_wide_as_torchvision_allows_where_the_share_does_not_need_more():
@@ -79,6 +119,16 @@ def test_stochastic_reaches_every_magnitude_of_the_paper():
     policies = [one.policy for one in augmentation("stochastic", PREPROCESS)._levels.values()]
     made = [TimmPolicy(PREPROCESS, 0.08, policy)._transform.transforms[2].ops[0] for policy in policies]
     assert {(op.magnitude, op.prob, op.magnitude_max) for op in made} == {(m, 1.0, 20) for m in range(21)}
+
+
+def test_stochastic_draws_every_magnitude_and_number_of_operations(monkeypatch):
+    asked: list[tuple[str | None, int]] = []
+    monkeypatch.setattr(TimmPolicy, "__call__", lambda self, image, seed: asked.append((self.policy, seed)) or image)
+    augment = augmentation("stochastic", PREPROCESS)
+    for seed in range(2000):
+        augment(IMAGE, seed)
+    assert {policy for policy, _ in asked} == {f"rand-m{m}-n{n}-p1-mmax20" for m in range(21) for n in range(3)}
+    assert len({seed for _, seed in asked}) == 2000
 
 
 @pytest.mark.parametrize(
