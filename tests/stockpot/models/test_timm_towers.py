@@ -50,7 +50,17 @@ def test_weights_of_a_whole_model_leave_their_classifier_behind(name, tmp_path):
         assert torch.allclose(model(images), model.head(wanted), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "vit_base_patch16_clip_224.openai", "convnext_base.clip_laion2b_augreg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_efficientnet",
+        "vit_base_patch16_clip_224.openai",
+        "convnext_base.clip_laion2b_augreg",
+        "vit_base_patch32_224.augreg_in21k",
+        "coatnet_rmlp_2_rw_224.sw_in12k",
+    ],
+)
 def test_images_are_prepared_as_timm_does(name):
     from stockpot.models.timm_towers import describe
 

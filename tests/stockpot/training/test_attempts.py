@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stockpot.config import Init, PinnedSnapshot, Trial
 from stockpot.errors import BadRequest, TrialFailed
 from stockpot.outcomes import Accuracy, Ingredient
 from stockpot.settings import TrialSettings
+from stockpot.training import attempts
 from stockpot.training.attempts import Attempt
 from stockpot.training.journal import FINISHED, Journal, progress
 from tests.interrupting import Interrupting
@@ -161,6 +163,34 @@ def test_the_next_attempt_finds_what_was_saved_and_recorded(trial):
     assert step_of(late) == 4
     late.finish()
     assert Attempt(trial).recorded == {}, "a trial that has ended is begun anew"
+
+
+def test_a_state_is_saved_when_its_interval_is_over(trial, monkeypatch):
+    """Of ten seconds, from the attempt's start and then from the last state."""
+    clock, saved = [1000], []
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    attempt = Attempt(trial.model_copy(update={"state_interval_s": 10}))
+    for second in (9, 10, 19, 20):
+        clock[0] = 1000 + second
+        attempt.save_when_due(second, partial(state, second))
+        saved.append(step_of(attempt))
+    assert saved == [None, 10, 10, 20]
+
+
+@pytest.mark.parametrize("dies", ["upload", "write_bytes"])
+def test_a_state_counts_with_its_entry_which_is_written_last(trial, monkeypatch, dies):
+    """Whichever of the two writes the machine is lost in, what was saved before stands whole."""
+
+    def killed(*_given, **_named) -> None:
+        raise KeyboardInterrupt
+
+    attempt = Attempt(trial)
+    attempt.save(3, state(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, dies, killed)
+        with pytest.raises(KeyboardInterrupt):
+            attempt.save(5, state(5))
+    assert step_of(Attempt(trial)) == 3
 
 
 def test_no_state_outlives_the_trials_own_ingredient(trial, monkeypatch):

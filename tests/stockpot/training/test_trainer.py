@@ -2,6 +2,7 @@
 not results."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.settings import TrialSettings
+from stockpot.training.candidates import Candidate
 from stockpot.training.optimisation import learning_rate
 from stockpot.training.trainer import total_steps, train
 from tests.tiny_training import PREPROCESS, STEPS_PER_EPOCH, Batch, batches, equal, run, tiny
@@ -40,23 +42,38 @@ def test_a_trial_learns_and_repeats_itself(name):
     assert equal(made, run(settings))
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
-@pytest.mark.parametrize("stop", [1, 4, 5, 11])
-def test_a_trial_resumed_from_a_stored_state_ends_bit_identical(name, stop, tmp_path):
-    settings = EVERYTHING[name]
+def killed_and_resumed(settings: TrialSettings, stop: int, path: Path, **where) -> dict[float, Candidate]:
+    """What a trial comes to that is killed after that step and begun again from the state it stored."""
 
     class Killed(Exception):
         pass
 
     def kill(step, state):
         if step == stop:
-            save_weights(tmp_path / "state.safetensors", state())
+            save_weights(path, state())
             raise Killed
 
     with pytest.raises(Killed):
-        run(settings, checkpoint=kill)
-    resumed = run(settings, resume=load_weights(tmp_path / "state.safetensors"))
-    assert equal(resumed, run(settings))
+        run(settings, checkpoint=kill, **where)
+    return run(settings, resume=load_weights(path), **where)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("stop", [1, 4, 5, 11])
+def test_a_trial_resumed_from_a_stored_state_ends_bit_identical(name, stop, tmp_path):
+    settings = EVERYTHING[name]
+    assert equal(killed_and_resumed(settings, stop, tmp_path / "state.safetensors"), run(settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", ["mixed", "adam and averages", "fp16 with sam", "adafactor in bf16"])
+def test_a_trial_resumed_on_a_gpu_ends_within_float_tolerance(name, tmp_path):
+    settings = EVERYTHING[name]
+    resumed, whole = killed_and_resumed(settings, 7, tmp_path / "state.safetensors", device="cuda"), run(settings, device="cuda")
+    for decay, candidate in whole.items():
+        for tensor, wanted in candidate.weights.items():
+            assert torch.allclose(resumed[decay].weights[tensor], wanted, rtol=1e-4, atol=1e-5), (decay, tensor)
 
 
 def test_micro_batches_give_the_same_gradient():
