@@ -32,7 +32,7 @@ from stockpot.settings import TrialSettings
 from stockpot.training.trainer import Log, train
 from stockpot.training.trials import _note
 
-STEPS, PAIRS, BATCH = 60, 9, 16
+STEPS, PAIRS, BATCH = 60, 7, 16
 PREPROCESS = Preprocess(size=64, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 ARCH = {"embed_dim": 128, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64}}
 SETTINGS = TrialSettings(epochs=1, batch_size=BATCH, learning_rate=1e-4, warmup_steps=4)

@@ -51,7 +51,9 @@ def measure(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, dict[str, Any
     seconds = [{name: timed(partial(variant, name), steps).cpu for name in VARIANTS} for _ in range(rounds)]
     found = {name: entry([one[name] / one["plain"] for one in seconds], "times the seconds of a plain step", STEP[name]) for name in STEP}
     evaluations = [(one["evaluation"] / one["plain"] - 1) * steps / (steps // EVERY) for one in seconds]
-    found["evaluation"] = entry(evaluations, f"plain steps of {BATCH} images per evaluation of {IMAGES}", "a plain step")
+    found["evaluation"] = entry(
+        evaluations, f"plain steps of {BATCH} images per evaluation of {IMAGES}", "a plain step: forward, backward and update"
+    )
     return {f"train.overhead_{name}": one for name, one in {**found, "saving": saving(rounds)}.items()}
 
 
