@@ -43,7 +43,7 @@ def mlflow_server(root: Path, port: int, artifacts: str | None = None, environ: 
             yield address
         finally:
             os.killpg(server.pid, signal.SIGTERM)
-            server.wait(20)
+            server.wait(PATIENCE_S)
 
 
 def _wait(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from deployments.deploying import ROOT
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(3000)]
 
@@ -46,8 +47,8 @@ def test_the_demo_survives_being_killed_anywhere(tmp_path):
         time.sleep(rng.uniform(5, 150))
         if demo.poll() is None:
             demo.send_signal(how)
-        demo.wait(timeout=90)
-        end = time.monotonic() + 30
+        demo.wait(timeout=PATIENCE_S)
+        end = time.monotonic() + PATIENCE_S
         while left_behind(tmp_path) and time.monotonic() < end:
             time.sleep(0.5)
         assert left_behind(tmp_path) == [], f"after {how.name}"

@@ -13,7 +13,7 @@ from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.training import journal
 from stockpot.training.trials import run_trial
-from tests.flows.test_retrain import pid, retrain, running_trials, runs_of
+from tests.flows.test_retrain import pid, retrain, running_trials, runs_of, trained
 from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(2400)]
@@ -41,13 +41,6 @@ def test_a_trial_whose_node_shuts_down_goes_on_where_it_stopped(stack, request_f
     assert min(steps) < saved < max(steps)
     ended = client().get_run(ledger_run)
     assert (ended.info.status, ended.data.tags["stockpot.attempt"]) == ("FINISHED", "2")
-
-
-def trained(model):
-    """The MLflow run of a model's only trial, once it has logged steps."""
-    home = client().get_experiment_by_name(model)
-    runs = client().search_runs([home.experiment_id], "tags.`stockpot.kind` = 'trial'") if home else []
-    return next((one.info.run_id for one in runs if "train/loss" in one.data.metrics), None)
 
 
 def ended_runs(tag, count):

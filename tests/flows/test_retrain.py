@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -60,6 +59,13 @@ def running_trials(model, count):
         return runs if len(runs) >= count else None
 
     return until(look)
+
+
+def trained(model):
+    """The MLflow run of a model's only trial, once it has logged steps."""
+    home = client().get_experiment_by_name(model)
+    runs = client().search_runs([home.experiment_id], "tags.`stockpot.kind` = 'trial'") if home else []
+    return next((one.info.run_id for one in runs if "train/loss" in one.data.metrics), None)
 
 
 def pid(run):
@@ -168,9 +174,9 @@ def test_a_sweep_that_gains_nothing_more_starts_no_further_trial_and_none_when_a
 
 @pytest.mark.slow
 def test_a_killed_trial_is_started_again_and_the_sweep_ends_complete(stack, request_for):
-    started = retrain(request_for("killed", seeds=(5,), epochs=40))
+    started = retrain(request_for("killed", seeds=(5,), epochs=400))
     (run,) = running_trials("killed", 1)
-    time.sleep(5)
+    until(lambda: trained("killed"))
     os.kill(pid(run), signal.SIGKILL)
     sweep_id = watch_to_end(started)
     attempts = [one for one in runs_of(f"sweep:{sweep_id}") if one.name.startswith("trial-")]
@@ -209,9 +215,9 @@ def test_a_schedule_becomes_a_run(stack):
 @pytest.mark.slow
 def test_a_trial_that_shows_no_sign_of_life_is_given_up_and_started_again(stack, request_for):
     """A stopped process is what a vanished node looks like from the servers: no end, no heartbeat, a run that stays Running."""
-    started = retrain(request_for("frozen", seeds=(9,), epochs=100))
+    started = retrain(request_for("frozen", seeds=(9,), epochs=400))
     (run,) = running_trials("frozen", 1)
-    time.sleep(5)
+    until(lambda: trained("frozen"))
     frozen = pid(run)
     os.kill(frozen, signal.SIGSTOP)
     try:

@@ -126,7 +126,7 @@ def test_processes_of_torch_distributed_are_such_ranks(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_S)
     torch.manual_seed(0)
     images = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 4), np.uint8)
     alone = logits(Flat(), images, PREPROCESS, batch_size=2)

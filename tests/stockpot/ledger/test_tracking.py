@@ -24,7 +24,7 @@ from stockpot.sweeps import plan
 from tests.faulty_proxy import faulty_proxy
 from tests.interrupting import Interrupting
 from tests.tiny_sweep import record_ingredient
-from tests.waiting import SOON_S
+from tests.waiting import PATIENCE_S, SOON_S
 
 
 def sweep_of(model: str, trials: int = 2) -> Sweep:
@@ -167,7 +167,7 @@ def test_of_two_first_attempts_at_once_both_write_to_one_run(sweep: Sweep, monke
 
     def look(*about: str) -> Run | None:
         found = find_run(*about)
-        both.wait(30)
+        both.wait(PATIENCE_S)
         return found
 
     monkeypatch.setattr(trial_log, "find_run", look)
@@ -232,7 +232,7 @@ def test_metrics_and_the_ingredient_outlive_a_server_that_dies_before_the_end(
     log.__enter__()
     record_ingredient(log, Made(files(tmp_path), Accuracy(correct=3, seen=4), "t", seconds=1.0))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert seconds_of_a_hundred_steps(log) < 1
+    assert seconds_of_a_hundred_steps(log) < SOON_S
     log.__exit__(None, None, None)
     assert "ended FINISHED, which its run does not say yet: No MLflow server answers" in said[0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ledger)
@@ -250,7 +250,7 @@ def test_a_download_that_breaks_off_is_one_sentence_and_the_next_is_whole(
     made = record(sweep, 0, tmp_path / "made", width=20_000)
     run = tracking.open_sweep(sweep)
     tracking.store_text(run, "card.md", "a" * 100_000)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with faulty_proxy(int(ledger.rpartition(":")[2])) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)

@@ -29,6 +29,7 @@ from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import free_port, mlflow_server
 from tests.object_store import ObjectStore
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -207,7 +208,7 @@ def test_a_release_killed_between_version_and_alias_is_finished_by_the_next(grou
     environ = {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "XDG_CACHE_HOME")}
     process = multiprocessing.get_context("spawn").Process(target=released_until, args=(sweep.id, step, environ))
     process.start()
-    process.join(120)
+    process.join(PATIENCE_S)
     assert process.exitcode == -signal.SIGKILL
     assert registry.alias_version(model, "champion") == (1 if step == "note_change" else None)
     release(sweep.id)

@@ -26,6 +26,7 @@ from stockpot.release import crowning, gating, releasing
 from stockpot.soup import card
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import ARCH, CLASSES, PREPROCESS, Ground, finish_trials, png, tiny_sweep
+from tests.waiting import PATIENCE_S
 
 
 def cooked(ground: Ground, model: str, folder: Path, trials: int, noise: float = 0.05, recipe: str = "greedy") -> SoupReport:
@@ -199,7 +200,7 @@ def test_two_at_once_register_one_version_and_move_an_alias_once(
 
     def find_at_once(*arguments: str) -> ModelVersion | None:
         found = find(*arguments)
-        both.wait(20)
+        both.wait(PATIENCE_S)
         return found
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:

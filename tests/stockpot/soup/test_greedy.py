@@ -14,6 +14,7 @@ from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, fl
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
 from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.recipes.speculation import Speculation
+from tests.waiting import PATIENCE_S
 
 
 class Linear:
@@ -184,7 +185,7 @@ def test_answers_nobody_asked_for_are_told_apart() -> None:
     together = Barrier(2)
 
     def score(trials: Sequence[str], need: int) -> Verdict:
-        together.wait(10)  # so that both devices have begun
+        together.wait(PATIENCE_S)  # so that both devices have begun
         return Verdict(Accuracy(correct=need, seen=9), 9, passes=len(trials))
 
     with Speculation([score, score]) as crowd:
