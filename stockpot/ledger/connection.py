@@ -8,14 +8,16 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, Run
+from mlflow.entities import Experiment, LoggedModel, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking._tracking_service.utils import get_default_host_creds
@@ -153,7 +155,7 @@ def find_run(model: str, kind: str, sweep_id: str, more: str = "") -> Run | None
 
 def sweep_run(sweep_id: str) -> Run:
     """The parent run of a sweep, in whichever experiment. Raises `SweepMissing`."""
-    experiments = [one.experiment_id for one in client().search_experiments()]
+    experiments = [one.experiment_id for one in search_experiments()]
     for run in search_runs(experiments, of_kind("sweep", sweep_id), "attributes.start_time"):
         return run
     raise SweepMissing(f"The ledger at {address()} has no sweep {sweep_id!r}; `stockpot status` lists the sweeps it has.")
@@ -161,28 +163,26 @@ def sweep_run(sweep_id: str) -> Run:
 
 def search_runs(experiments: list[str], condition: str, order: str) -> list[Run]:
     """Every run that meets the condition, over all pages."""
-    found: list[Run] = []
-    token: str | None = None
-    while True:
-        page = client().search_runs(experiments, condition, order_by=[order], page_token=token)
-        found.extend(page)
-        if not (token := page.token):
-            return found
+    return _all_pages(lambda token: client().search_runs(experiments, condition, order_by=[order], page_token=token))
+
+
+def search_experiments() -> list[Experiment]:
+    """Every experiment, over all pages."""
+    return _all_pages(lambda token: client().search_experiments(page_token=token))
+
+
+def search_versions(condition: str) -> list[ModelVersion]:
+    """Registered versions, of every model unless the condition names one, over all pages."""
+    return _all_pages(lambda token: client().search_model_versions(condition, page_token=token))
 
 
 def search_models(model: str, condition: str) -> list[LoggedModel]:
     """LoggedModels of an experiment, oldest first, over all pages."""
-    home = client().get_experiment_by_name(model)
-    found: list[LoggedModel] = []
-    token: str | None = None
-    while home is not None:
-        page = client().search_logged_models(
-            [home.experiment_id], condition or None, order_by=[{"field_name": "creation_timestamp", "ascending": True}], page_token=token
-        )
-        found.extend(page)
-        if not (token := page.token):
-            break
-    return found
+    home, oldest_first = client().get_experiment_by_name(model), [{"field_name": "creation_timestamp", "ascending": True}]
+    if home is None:
+        return []
+    place = [home.experiment_id]
+    return _all_pages(lambda token: client().search_logged_models(place, condition or None, order_by=oldest_first, page_token=token))
 
 
 def read_file(mlflow_run_id: str, name: str) -> bytes:
@@ -195,6 +195,17 @@ def fetch_file(mlflow_run_id: str, name: str, folder: Path) -> Path:
     """Download one artifact of a run. From where the run keeps them: asked for `runs:/...`, MLflow hides whatever went wrong (3.17.2)."""
     home = client().get_run(mlflow_run_id).info.artifact_uri
     return Path(get_artifact_repository(home, tracking_uri=address()).download_artifacts(name, str(folder)))
+
+
+def _all_pages(ask: Callable[[str | None], Any]) -> list[Any]:
+    """What a search of MLflow finds, which gives so much at once and no more. ask: for the page at a token, the first one at None."""
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        page = ask(token)
+        found.extend(page)
+        if not (token := page.token):
+            return found
 
 
 def _silent(uri: str) -> str:

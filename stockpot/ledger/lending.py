@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from stockpot.config import Init, SoupSpec, Sweep
 from stockpot.ledger import tracking
-from stockpot.ledger.connection import asking, client, search_runs
+from stockpot.ledger.connection import asking, search_experiments, search_runs
 from stockpot.outcomes import Ingredient
 
 
@@ -35,7 +35,7 @@ def find_loans(soup: SoupSpec, init: Init) -> dict[str, list[Loan]]:
 def find_borrowers(model: str) -> list[Sweep]:
     """Sweeps of other models that name this one to borrow of."""
     with asking():
-        everywhere = [one.experiment_id for one in client().search_experiments()]
+        everywhere = [one.experiment_id for one in search_experiments()]
         condition = f"tags.`stockpot.kind` = 'sweep' and tags.`stockpot.lender.{model}` LIKE '%'"
         runs = search_runs(everywhere, condition, "attributes.start_time")
     return [tracking.read_sweep(run.data.tags["stockpot.sweep"]) for run in runs]

@@ -19,10 +19,12 @@ from pydantic import ValidationError
 from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging
-from stockpot.ledger.connection import address, asking, client, experiment, is_gone, quoted, search_models
+from stockpot.ledger.connection import address, asking, client, experiment, is_gone, quoted, search_models, search_versions
 from stockpot.outcomes import GateDecision, ModelVersion, Scores, VersionSummary, soup_id
 
 ALIASES = ("champion", "challenger", "previous")
+NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's ways to say that there is no such version or alias; the second one is for names that could be none."""
 
 
 def log_soup_model(model: str, mlflow_run_id: str, soup_sha256: str, folder: Path, *, torch_export: bool = False) -> str:
@@ -98,6 +100,8 @@ def read_version(model: str, number: int) -> ModelVersion:
         try:
             found = client().get_model_version(model, str(number))
         except RestException as error:
+            if error.error_code not in NO_SUCH:
+                raise
             raise RegistryError(f"The registry has no version {number} of {model}; `stockpot status` shows what was registered.") from error
     alias = next((name for name in ALIASES if alias_version(model, name) == number), None)
     return ModelVersion(model=model, version=number, alias=alias, soup_sha256=found.tags.get("stockpot.soup_sha256", ""))
@@ -107,7 +111,7 @@ def list_versions(model: str | None = None) -> list[VersionSummary]:
     """Every version that Stockpot registered, of all models or of one, newest first."""
     with asking():
         condition = f"name = {quoted(model)} and " if model else ""
-        found = list(client().search_model_versions(f"{condition}tags.`stockpot.soup_sha256` LIKE '%'"))
+        found = search_versions(f"{condition}tags.`stockpot.soup_sha256` LIKE '%'")
     named = {name: aliases(name) for name in {str(one.name) for one in found}}
     return [
         VersionSummary(
@@ -141,7 +145,7 @@ def resolve(name: str) -> ModelVersion:
 def no_version(model: str, alias: str) -> RegistryError:
     """The sentence for an alias that points nowhere."""
     with asking():
-        numbers = sorted(int(found.version) for found in client().search_model_versions(f"name = {quoted(model)}"))
+        numbers = sorted(int(found.version) for found in search_versions(f"name = {quoted(model)}"))
     if not numbers:
         return RegistryError(
             f"The registry at {address()} has no version of {model}; `stockpot status` lists the sweeps, "
@@ -166,13 +170,13 @@ def models_behind_versions() -> set[str]:
     """The LoggedModels that hold the bytes of any version of any registered model. A copied version (`models:/digits/1` as its source)
     shares the bytes of its original even after that was deleted, so its storage is asked for."""
     with asking():
-        return {_model_behind(found) for found in client().search_model_versions("")}
+        return {_model_behind(found) for found in search_versions("")}
 
 
 def ingredients_by_version(model: str) -> dict[int, tuple[str, ...]]:
     """What each registered version of a model was made of, as its report named them."""
     with asking():
-        found = list(client().search_model_versions(f"name = {quoted(model)} and tags.`stockpot.ingredients` LIKE '%'"))
+        found = search_versions(f"name = {quoted(model)} and tags.`stockpot.ingredients` LIKE '%'")
     return {int(one.version): tuple(one.tags["stockpot.ingredients"].split(",")) for one in found}
 
 
@@ -200,7 +204,7 @@ def alias_version(model: str, alias: str) -> int | None:
         try:
             return int(client().get_model_version_by_alias(model, alias).version)
         except RestException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code in NO_SUCH:
                 return None
             raise
 
@@ -289,7 +293,7 @@ def _create_model(model: str) -> None:
 
 def _versions(model: str, soup_sha256: str) -> list[int]:
     condition = f"name = {quoted(model)} and tags.`stockpot.soup_sha256` = '{soup_sha256}'"
-    return [int(found.version) for found in client().search_model_versions(condition)]
+    return [int(found.version) for found in search_versions(condition)]
 
 
 def _model_behind(version: Any) -> str:

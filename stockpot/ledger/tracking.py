@@ -34,6 +34,7 @@ from stockpot.ledger.connection import (
     is_gone,
     of_kind,
     read_file,
+    search_experiments,
     search_models,
     search_runs,
     sweep_run,
@@ -108,7 +109,7 @@ def read_enough(sweep: Sweep) -> Enough | None:
 def list_sweeps(model: str | None = None) -> list[SweepSummary]:
     """Every sweep in the ledger, or of one model, newest first."""
     with asking():
-        models = {one.experiment_id: str(one.name) for one in client().search_experiments() if model in (None, one.name)}
+        models = {one.experiment_id: str(one.name) for one in search_experiments() if model in (None, one.name)}
         runs = search_runs(list(models), "tags.`stockpot.kind` = 'sweep'", "attributes.start_time DESC")
     return [
         SweepSummary(
