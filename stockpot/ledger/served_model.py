@@ -7,6 +7,7 @@ refused.
 
 import base64
 import binascii
+import copy
 import importlib
 import io
 import json
@@ -190,9 +191,16 @@ def build(config: dict[str, Any]) -> Classifier:
         body = timm.create_model(arch["name"], pretrained=False, num_classes=0)
         return Classifier(body, body.head_hidden_size, len(config["classes"]), unit=False)
     if kind == "imported":
-        module, _, name = arch["name"].partition(":")
-        return Classifier(getattr(importlib.import_module(module), name)(), arch["features"], len(config["classes"]), unit=False)
+        return Classifier(_imported(arch["name"]), arch["features"], len(config["classes"]), unit=False)
     raise ValueError(f"this model file builds open_clip, timm and imported classifiers, model.json says {kind!r}")
+
+
+def _imported(name: str) -> nn.Module:
+    """A module of another package, or what its function makes: `stockpot.models.imported`, repeated."""
+    module, _, attribute = name.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    body: nn.Module = copy.deepcopy(found) if isinstance(found, nn.Module) else found()
+    return body
 
 
 @torch.inference_mode()

@@ -32,14 +32,13 @@ def small() -> nn.Module:
 def package(monkeypatch):
     """A package of the user's."""
     module = ModuleType("their_package")
-    module.small, module.number, module.text = small, 7, lambda: "no module"
+    module.small, module.made, module.number, module.text = small, small(), 7, lambda: "no module"
     module.unpooled = lambda: nn.Conv2d(3, 8, 4)
     monkeypatch.setitem(sys.modules, "their_package", module)
 
 
-def test_a_module_that_is_made_already_is_copied(monkeypatch):
-    made = small()
-    monkeypatch.setattr(sys.modules["their_package"], "made", made, raising=False)
+def test_a_module_that_is_made_already_is_copied():
+    made = sys.modules["their_package"].made
     spec = BaseSpec(arch="their_package:made", preprocess=PREPROCESS)
     tower = load_base(spec).tower
     tower["0.weight"].zero_()
@@ -47,8 +46,9 @@ def test_a_module_that_is_made_already_is_copied(monkeypatch):
     assert set(tower) == set(made.state_dict())
 
 
-def test_it_trains_and_serves(ground, node, tmp_path):
-    spec, snapshot = BaseSpec(arch="their_package:small", preprocess=PREPROCESS), open_snapshot(ground.data.snapshot)
+@pytest.mark.parametrize("name", ["small", "made"])
+def test_it_trains_and_serves(ground, node, tmp_path, name):
+    spec, snapshot = BaseSpec(arch=f"their_package:{name}", preprocess=PREPROCESS), open_snapshot(ground.data.snapshot)
     model = load(prepare(spec, InitSpec(), ground.data.snapshot, f"{tmp_path}/store"))
     before = model.body[0].weight.detach().clone()
     fine_tune(model, TrialSettings(batch_size=20, max_steps=3, epochs=1, learning_rate=1e-2), snapshot)
