@@ -1,12 +1,14 @@
 """A Prefect worker whose flow runs leave before it does: `python -m deployments.worker` takes the options of `prefect worker start`.
 
 At SIGTERM Prefect's own (3.8.8) kills the processes of its flow runs as it goes, and a trial is gone before its state is saved. The signal
-must reach this process alone, as from Docker and Kubernetes; under systemd with `KillMode=mixed`.
+must reach this process alone, as from Docker and Kubernetes; under systemd with `KillMode=mixed`. Ctrl-C and a closed terminal do the same:
+the worker has a session of its own, and would otherwise go on taking trials.
 """
 
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -14,6 +16,13 @@ import psutil
 
 GRACE_S = 45.0
 """How long flow runs may take to leave; less than the minute their container has."""
+
+
+LEAVING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The first of them makes the worker leave; further ones change nothing."""
+
+LOOK_S = 0.2
+"""How often it is asked whether the worker has ended by itself."""
 
 
 def leave(worker: psutil.Process, grace_s: float = GRACE_S) -> None:
@@ -44,10 +53,17 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def main(command: list[str]) -> int:
-    """Run the worker until it ends; returns its exit code."""
+    """Run the worker until it ends, or is told to by one of `LEAVING`; returns its exit code."""
+    told = threading.Event()
+    for number in LEAVING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda _number, _frame: told.set())
     worker = subprocess.Popen(command, start_new_session=True)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: leave(psutil.Process(worker.pid)))
-    return worker.wait()
+    while worker.poll() is None:
+        if told.wait(LOOK_S):
+            leave(psutil.Process(worker.pid))
+            return worker.wait()
+    return worker.returncode
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ starts no other."""
 import signal
 import subprocess
 import sys
+import time
+
+import pytest
 
 from tests.waiting import PATIENCE_S, until
 
@@ -28,14 +31,23 @@ flow_run.wait()
 pathlib.Path(sys.argv[-1], "next").touch()
 signal.pause()
 """
-SUPERVISED = "import sys; from deployments.worker import main; raise SystemExit(main(sys.argv[1:]))"
+SUPERVISED = """
+import signal, sys
+from deployments.worker import LEAVING, main
+for number in LEAVING:
+    signal.signal(number, signal.SIG_DFL)  # a shell ignores SIGINT for what it runs in the background
+raise SystemExit(main(sys.argv[1:]))
+"""
 
 
-def test_flow_runs_leave_before_the_worker(tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_flow_runs_leave_before_the_worker(tmp_path, asked):
     command = [sys.executable, "-c", WORKER, "-c", FLOW_RUN, str(tmp_path)]
     with subprocess.Popen([sys.executable, "-c", SUPERVISED, *command]) as supervised:
         until((tmp_path / "running").exists)
-        supervised.send_signal(signal.SIGTERM)
+        supervised.send_signal(asked)
+        time.sleep(0.2)
+        supervised.send_signal(asked)  # an impatient person's second Ctrl-C
         assert supervised.wait(PATIENCE_S) == 3
     assert (tmp_path / "saved").read_text() == "state"
     assert not (tmp_path / "next").exists()
