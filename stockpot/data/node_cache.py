@@ -7,10 +7,11 @@ releases when the holder dies. Local disks only: the lock does not work on NFS.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +20,8 @@ from typing import TextIO
 
 from stockpot import errors, storage
 from stockpot.errors import DataError, SnapshotBroken, StockpotError, StorageError
+
+logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 512 * 2**20
 """Left free on the disk."""
@@ -57,7 +60,7 @@ class NodeCache:
             return Fetched(target, hit=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         asked = time.time()
-        with locked(target.with_suffix(".lock")) as lock:
+        with locked(target.with_suffix(".lock"), logger.debug) as lock:
             if target.exists():
                 return Fetched(target, hit=True)
             _raise_failure_since(asked, lock)
@@ -89,7 +92,7 @@ class NodeCache:
 
     def evictable(self, own: list[str]) -> int:
         """Bytes that could be had: free ones, and what `evict` would remove but for `own`."""
-        with locked(self.root / "janitor.lock"):
+        with locked(self.root / "janitor.lock", logger.debug):
             return self.free() + sum(map(_size, self._idle(own)))
 
     @contextmanager
@@ -98,7 +101,7 @@ class NodeCache:
         folder = self.root / "active"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{snapshot}.json"
-        with locked(self.root / "janitor.lock"):
+        with locked(self.root / "janitor.lock", logger.debug):
             if not path.exists():
                 path.write_text(json.dumps(contents))
             file = path.open("rb")
@@ -109,7 +112,7 @@ class NodeCache:
     def evict(self, wanted: int) -> int:
         """Remove what was fetched or built longest ago until `wanted` bytes are free, parts of dead processes included; never anything of
         a snapshot that is held. Returns the number of files and folders removed."""
-        with locked(self.root / "janitor.lock"):
+        with locked(self.root / "janitor.lock", logger.debug):
             removed = 0
             for path in sorted(self._idle(), key=lambda path: path.lstat().st_mtime):
                 if self.free() >= wanted:
@@ -133,11 +136,18 @@ class NodeCache:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[TextIO]:
-    """Hold the exclusive lock of a file; the kernel releases it however the process ends. Yields the file, to read and write."""
+def locked(path: Path, say: Callable[[str], None] = logger.warning) -> Iterator[TextIO]:
+    """Hold the exclusive lock of a file; the kernel releases it however the process ends. Yields the file, to read and write.
+
+    say: told, once, that another process has it and is waited for.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"Another process on this node holds {path}; waiting until it is done.")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from stockpot import storage
 from stockpot.data import node_cache
-from stockpot.data.node_cache import NodeCache
+from stockpot.data.node_cache import NodeCache, locked
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.errors import DataError, Interrupted, SnapshotBroken
 from tests.tiny_data import publish_tiny
@@ -128,9 +129,9 @@ def test_who_waited_for_the_fetch_of_another_shares_its_failure_and_may_try_agai
     """A failure of the network is Transient for all of them: their trials are started again."""
     asked, locked = [], node_cache.locked
 
-    def noted(path: Path) -> AbstractContextManager[TextIO]:
+    def noted(path: Path, *say: Callable[[str], None]) -> AbstractContextManager[TextIO]:
         asked.append(path)
-        return locked(path)
+        return locked(path, *say)
 
     def cut(*_given: object, **_named: object) -> object:
         until(lambda: len(asked) == 2, every_s=0.01)
@@ -186,3 +187,19 @@ def test_a_process_killed_while_filling_leaves_the_other_a_whole_shard(snapshot:
     assert results.get(timeout=PATIENCE_S) == sum(shard.size for shard in snapshot.manifest.shards)
     other.join()
     assert all(path.suffix == ".tar" for path in files(node))
+
+
+def test_who_waits_for_another_process_says_so_once(tmp_path: Path) -> None:
+    path, said = tmp_path / "own.lock", list[str]()
+
+    def take() -> None:
+        with locked(path, said.append):
+            pass
+
+    with ThreadPoolExecutor(1) as other:
+        with locked(path, said.append):
+            waiting = other.submit(take)
+            until(lambda: said)
+            assert not waiting.done()
+        waiting.result(PATIENCE_S)
+    assert said == [f"Another process on this node holds {path}; waiting until it is done."]
