@@ -4,8 +4,11 @@ should give its memory back when it is done."""
 import asyncio
 import logging
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
@@ -16,7 +19,8 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Failed
 from prefect.tasks import Task
 
-from stockpot.errors import StockpotError, Transient
+from stockpot.errors import BadRequest, StockpotError, Transient
+from stockpot.processes import end_with_parent
 
 
 async def _worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001  (Prefect's signature)
@@ -47,14 +51,20 @@ def flow_run_page(flow_run_id: Any) -> str | None:
     return f"{pages}/runs/flow-run/{flow_run_id}" if pages else None
 
 
+def no_deployment(name: str) -> BadRequest:
+    """What a flow run of this deployment cannot be started for. To be raised."""
+    return BadRequest(f"The Prefect server has no deployment `{name}`; run `stockpot deploy`, or name another one in the request.")
+
+
 async def in_own_process(call: Callable[..., Any], *arguments: Any, say: Callable[[str], None] | None = None) -> Any:
-    """Run a library call in a fresh process: a parent that waits for hours must not keep torch and a model in memory.
+    """Run a library call in a fresh process: a parent that waits for hours must not keep torch and a model in memory. The process ends with
+    its parent, however that ends, and at once when the wait for it does.
 
     say: called with every line that the library logs there, from another thread. None: they go where that process sends them.
     """
     context = multiprocessing.get_context("spawn")
     if say is None:
-        return await _called(ProcessPoolExecutor(1, mp_context=context), call, *arguments)
+        return await _called(ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent), call, *arguments)
     lines = context.Queue()
     listener = QueueListener(lines, _Telling(say))
     listener.start()
@@ -66,7 +76,14 @@ async def in_own_process(call: Callable[..., Any], *arguments: Any, say: Callabl
 
 async def _called(pool: ProcessPoolExecutor, call: Callable[..., Any], *arguments: Any) -> Any:
     with pool:
-        return await asyncio.wrap_future(pool.submit(call, *arguments))
+        pid = await asyncio.wrap_future(pool.submit(os.getpid))
+        try:
+            return await asyncio.wrap_future(pool.submit(call, *arguments))
+        except BaseException as error:
+            if not isinstance(error, Exception):  # nobody waits any more, and the call may take hours, and a GPU
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
 
 
 class _Telling(logging.Handler):
@@ -80,6 +97,7 @@ class _Telling(logging.Handler):
 
 def _log_into(lines: Any) -> None:
     """In the fresh process, before the call."""
+    end_with_parent()
     library = logging.getLogger("stockpot")
     library.addHandler(QueueHandler(lines))
     library.setLevel(logging.INFO)

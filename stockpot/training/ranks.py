@@ -24,6 +24,7 @@ from torch import distributed
 
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import RankLost, StockpotError
+from stockpot.processes import end_with_parent
 from stockpot.training.candidates import Candidate
 from stockpot.training.preemption import Preempted
 from stockpot.training.trainer import Log
@@ -156,7 +157,7 @@ def _run(place: Place, work: Work, folder: Path, leave: "threading.Event", words
     """A rank's process, from its birth to its last word."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a signal to the whole group is for the trial to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
     def log(metrics: dict[str, float], step: int) -> None:
         words.send(Word("metrics", metrics, step))
@@ -208,10 +209,3 @@ def summed(counts: dict[str, int], place: Place) -> dict[str, int]:
     values = torch.tensor(list(counts.values()), device=place.device)
     distributed.all_reduce(values)
     return dict(zip(counts, values.tolist(), strict=True))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
