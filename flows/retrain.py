@@ -17,6 +17,7 @@ from stockpot.config import RetrainRequest, Sweep, Trial
 from stockpot.errors import SoupFailed, StockpotError, TooFewIngredients
 from tasks.dispatching import Job, cancel_runs, run_to_end, unfinished_runs
 from tasks.finetuning import trial_progress
+from tasks.patience import patiently
 from tasks.planning import close_sweep, end_cancelled_sweep, finished_trials, open_sweep, pin_data, prepare_init
 from tasks.policies import stated_failure
 from tasks.showing import show_sweep, sweep_progress
@@ -26,7 +27,7 @@ from tasks.sparing import stop_rule
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001  (Prefect's signature)
     """Hook: a cancelled retraining takes its trials and its soup along. A crashed one does not: a retry picks them up again."""
     async with get_client() as client:
-        parent = await client.read_flow_run(flow_run.id)
+        parent = await patiently(lambda: client.read_flow_run(flow_run.id))
         for tag in (tag for tag in parent.tags if tag.startswith("sweep:")):
             runs = [run for run in await unfinished_runs(client, tag) if run.id != parent.id]
             if any(run.flow_id == parent.flow_id for run in runs):
@@ -65,15 +66,17 @@ async def run_trials(sweep: Sweep) -> str:
             progress=trial_progress,
             retry_delay_s=fan_out.retry_delay_s,
             deadline_s=fan_out.deadline_s,
-            on_change=await sweep_progress(sweep, len(before)),
+            on_change=sweep_progress(sweep, len(before)),
             enough=enough,
         )
     finished = finished_trials(sweep)
     left = [one for one in outcomes if one.job.key not in finished]
     spared = {one.job.key: one.reason for one in left if one.state == "not needed"}
     failed = {one.job.key: one.reason or "ended without an ingredient" for one in left if one.state != "not needed"}
-    await show_sweep(sweep, finished, failed, spared)
-    require_quorum(sweep, len(finished), failed, len(spared))
+    try:
+        require_quorum(sweep, len(finished), failed, len(spared))
+    finally:
+        await show_sweep(sweep, finished, failed, spared)
     return f"{len(before)} of {total} trials were finished before{f', {len(spared)} were not needed' if spared else ''}."
 
 
@@ -128,6 +131,6 @@ def _tags(sweep: Sweep) -> tuple[str, ...]:
 
 
 async def _wear_tags(sweep: Sweep) -> None:
-    run_id = UUID(runtime.flow_run.id)
+    run_id, tags = UUID(runtime.flow_run.id), {*runtime.flow_run.tags, *_tags(sweep)}
     async with get_client() as client:
-        await client.update_flow_run(run_id, tags={*runtime.flow_run.tags, *_tags(sweep)})
+        await patiently(lambda: client.update_flow_run(run_id, tags=tags))

@@ -13,10 +13,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -29,21 +28,18 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling
 
-from stockpot.errors import BadRequest, DeviceBusy
+from stockpot.errors import DeviceBusy
+from tasks.patience import patiently
+from tasks.policies import no_deployment
 
 PAGE = 200
 """Flow runs the API returns at once."""
 
-AWAY_S = 600
-"""Seconds the Prefect server may be away."""
-
 PATIENCE_S = 120
 """Seconds without any run being picked up after which the missing worker is named in the log."""
-
-Answer = TypeVar("Answer")
 
 _UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 
@@ -124,14 +120,14 @@ async def run_to_end(
     retries = Retries(attempts, retry_delay_s, starts, progress)
     async with get_client() as client:
         jobs = tuple(jobs)
-        left = await _patiently(lambda: _left_behind(client, jobs))
+        left = await patiently(lambda: _left_behind(client, jobs))
         outcomes = list(await asyncio.gather(*(_adopted(job, left.get(job.tag), retries) for job in jobs)))
         await _spare(client, outcomes, enough)
         for one in outcomes:
             if one.state == "open" and one.flow_run_id is None:
                 one.follow(await _submit(one.job, left.get(one.job.tag), retries.delay_s))
         if on_change:
-            await _patiently(lambda: on_change(outcomes))
+            await on_change(outcomes)
         while waiting := [one for one in outcomes if one.state == "open"]:
             waited_s = time.monotonic() - started
             if deadline_s is not None and waited_s > deadline_s:
@@ -142,7 +138,7 @@ async def run_to_end(
                 continue
             await _spare(client, outcomes, enough)
             if on_change:
-                await _patiently(lambda: on_change(outcomes))
+                await on_change(outcomes)
     return outcomes
 
 
@@ -150,14 +146,14 @@ async def cancel_runs(client: PrefectClient, run_ids: Iterable[UUID]) -> int:
     """Ask Prefect to cancel these runs; their workers end the processes. Returns how many were asked."""
     ids = list(run_ids)
     for run_id in ids:
-        await _patiently(partial(client.set_flow_run_state, run_id, Cancelling(message="Cancelled with its sweep.")))
+        await patiently(partial(client.set_flow_run_state, run_id, Cancelling(message="Cancelled with its sweep.")))
     return len(ids)
 
 
 async def unfinished_runs(client: PrefectClient, *tags: str) -> list[FlowRun]:
     """Every flow run with one of these tags that has not ended."""
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
-    return await _pages(client, FlowRunFilter(tags=FlowRunFilterTags(any_=list(tags)), state=state))
+    return await patiently(lambda: _pages(client, FlowRunFilter(tags=FlowRunFilterTags(any_=list(tags)), state=state)))
 
 
 async def _pages(client: PrefectClient, query: FlowRunFilter) -> list[FlowRun]:
@@ -198,7 +194,7 @@ async def _spare(client: PrefectClient, outcomes: list[Outcome], enough: Callabl
     spared = [one for one in idle if one.flow_run_id not in taken]
     for one in spared:
         if one.flow_run_id and one.own:  # nothing of it runs, so nothing has to end first
-            await _patiently(partial(client.set_flow_run_state, one.flow_run_id, Cancelled(message=reason)))
+            await patiently(partial(client.set_flow_run_state, one.flow_run_id, Cancelled(message=reason)))
         one.state, one.reason = "not needed", reason
 
 
@@ -209,7 +205,7 @@ async def _submit(job: Job, after: FlowRun | None, delay_s: float) -> FlowRun:
     when = max(now, (after.end_time or now) + timedelta(seconds=delay_s)) if after else now
     attempt = int(after.parameters.get("attempt", 1)) + 1 if after else 1
     try:
-        return await _patiently(
+        return await patiently(
             lambda: arun_deployment(
                 job.deployment,
                 parameters={**job.parameters, "attempt": attempt},
@@ -221,9 +217,7 @@ async def _submit(job: Job, after: FlowRun | None, delay_s: float) -> FlowRun:
             )
         )
     except ObjectNotFound as error:
-        raise BadRequest(
-            f"Prefect has no deployment `{job.deployment}`; run `stockpot deploy`, or name another one in the request."
-        ) from error
+        raise no_deployment(job.deployment) from error
 
 
 async def _step(client: PrefectClient, outcomes: list[Outcome], retries: Retries) -> bool:
@@ -280,22 +274,8 @@ async def _read(client: PrefectClient, ids: list[UUID]) -> list[FlowRun]:
     runs: list[FlowRun] = []
     for start in range(0, len(ids), PAGE):
         query = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
-        runs += await _patiently(partial(client.read_flow_runs, flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE))
+        runs += await patiently(partial(client.read_flow_runs, flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE))
     return runs
-
-
-async def _patiently(call: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Ask a server that is away for a moment again, for ten minutes: the trials go on meanwhile, and their parent should be there after."""
-    end = time.monotonic() + AWAY_S
-    while True:
-        try:
-            return await call()
-        except (httpx.TransportError, PrefectHTTPStatusError) as error:
-            refused = isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error
-            if refused or time.monotonic() > end:
-                raise
-            get_run_logger().warning("The Prefect server did not answer (%s); asking again.", type(error).__name__)
-        await asyncio.sleep(3)
 
 
 async def _give_up(client: PrefectClient, waiting: list[Outcome], reason: str) -> None:

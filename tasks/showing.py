@@ -4,6 +4,7 @@ Artifact keys take lowercase letters, numbers and dashes only; ids here are hex,
 
 import base64
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from prefect.artifacts import (
@@ -20,26 +21,32 @@ from stockpot.config import Sweep
 from stockpot.fields import METRICS
 from stockpot.outcomes import Accuracy, ModelVersion, Scores, SoupReport
 from tasks.dispatching import Outcome
+from tasks.patience import PICTURE_S, only_a_picture, patiently
 
 
-async def sweep_progress(sweep: Sweep, done: int) -> Callable[[list[Outcome]], Coroutine[Any, Any, None]]:
-    """A progress artifact for the sweep's trials; returns what `run_to_end` calls on every change. `done` were finished before."""
-    total = len(sweep.trials)
-    artifact = await acreate_progress_artifact(
-        100 * done / total, key=f"sweep-{sweep.id}-progress", description=f"{done} of {total} trials ended"
-    )
+def sweep_progress(sweep: Sweep, done: int) -> Callable[[list[Outcome]], Coroutine[Any, Any, None]]:
+    """A progress artifact for the sweep's trials, drawn by what this returns for `run_to_end` to call on every change. `done` were finished
+    before."""
+    total, artifact = len(sweep.trials), None
 
     async def show(outcomes: list[Outcome]) -> None:
+        nonlocal artifact
         ended = done + sum(one.state != "open" for one in outcomes)
         spared = [one.reason for one in outcomes if one.state == "not needed"]
         told = f"{ended} of {total} trials ended" + (f", {len(spared)} of them not needed: {spared[0]}" if spared else "")
-        await aupdate_progress_artifact(artifact, 100 * ended / total, description=told)
+        percent, key = 100 * ended / total, f"sweep-{sweep.id}-progress"
+        with only_a_picture("The progress of the sweep"):
+            if artifact is None:
+                artifact = await patiently(lambda: acreate_progress_artifact(percent, key=key, description=told), PICTURE_S)
+            else:
+                await patiently(partial(aupdate_progress_artifact, artifact, percent, description=told), PICTURE_S)
 
     return show
 
 
 async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, str], spared: dict[str, str]) -> None:
     """One row per trial: what was drawn, how it ended. failed, spared: trial id to the reason."""
+    key, description = f"sweep-{sweep.id}-trials", f"Trials of sweep {sweep.id} for model {sweep.request.model}"
     ended = dict.fromkeys(finished, "finished") | failed | {trial: f"not needed: {reason}" for trial, reason in spared.items()}
     drawn = sorted({*sweep.request.sweep.space, *sweep.request.sweep.grid})
     rows = [
@@ -51,9 +58,8 @@ async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, s
         }
         for trial in sweep.trials
     ]
-    await acreate_table_artifact(
-        rows, key=f"sweep-{sweep.id}-trials", description=f"Trials of sweep {sweep.id} for model {sweep.request.model}"
-    )
+    with only_a_picture("The table of trials"):
+        await patiently(lambda: acreate_table_artifact(rows, key=key, description=description), PICTURE_S)
 
 
 def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: bytes, page: str, approval: str | None = None) -> None:
