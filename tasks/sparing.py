@@ -15,14 +15,18 @@ from tasks.policies import TRANSIENT, in_own_process
 
 @asynccontextmanager
 async def stop_rule(sweep: Sweep, before: int) -> AsyncIterator[Callable[[list[Outcome]], Awaitable[str | None]]]:
-    """What `run_to_end` asks. `before`: trials that were finished already. Logits fetched once are kept while the block runs."""
+    """What `run_to_end` asks. `before`: trials that were finished already. Logits fetched once are kept while the block runs. Where it
+    cannot be told the trials go on, and it is asked again at the next change."""
     answers: dict[int, str | None] = {}
     with TemporaryDirectory(prefix="stockpot-logits-") as folder:
 
         async def enough(outcomes: list[Outcome]) -> str | None:
             finished = before + sum(one.state == "finished" for one in outcomes)
             if sweep.request.fan_out.stop is not None and finished not in answers:
-                answers[finished] = await spare_rest(sweep, finished, folder)
+                try:
+                    answers[finished] = await spare_rest(sweep, finished, folder)
+                except Exception as error:  # noqa: BLE001  (an optional rule ends no retraining, whatever fails it)
+                    get_run_logger().warning("Whether more trials are needed cannot be told now (%s); they go on.", error)
             return answers.get(finished)
 
         yield enough
