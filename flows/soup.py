@@ -8,6 +8,7 @@ from prefect.states import Completed
 
 from stockpot.errors import StockpotError, Transient
 from tasks.cooking import ask_approval, cook_soup, fetch_picture, pass_gate, read_alias, read_answer, register_soup
+from tasks.patience import only_a_picture
 from tasks.policies import stated_failure
 from tasks.showing import show_soup
 
@@ -23,12 +24,13 @@ def soup(sweep_id: str, attempt: int = 1) -> State[Any]:
         decision = pass_gate(report, version)
         answer = read_answer(version)
         approval = ask_approval(version, decision) if decision.waits and not answer else None
+        version = read_alias(version)
     except Transient:
         raise
     except StockpotError as error:
         return stated_failure(error)
-    version = read_alias(version)
     verdict = f"{decision.reason} It was {answer}." if answer else decision.reason
-    picture, page = fetch_picture(report)
-    show_soup(report, version, verdict, picture, page, approval)
+    with only_a_picture("The soup"):
+        picture, page = fetch_picture(report)
+        show_soup(report, version, verdict, picture, page, approval)
     return Completed(message=f"Version {version.version} of {version.model}: {verdict}", data=version)

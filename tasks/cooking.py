@@ -4,9 +4,10 @@ from typing import Any
 
 from prefect import get_run_logger, runtime, task
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 
 from stockpot.outcomes import GateDecision, ModelVersion, SoupReport
-from tasks.policies import TRANSIENT, flow_run_page
+from tasks.policies import TRANSIENT, flow_run_page, no_deployment
 
 APPROVE = "approve/stockpot"
 """The deployment that waits for a person."""
@@ -60,15 +61,18 @@ def ask_approval(version: ModelVersion, decision: GateDecision) -> str | None:
 
 def _approval(version: ModelVersion, decision: GateDecision, attempt: int) -> Any:
     """The flow run of this attempt to ask, started when there is none."""
-    return run_deployment(
-        APPROVE,
-        parameters={"version": version.model_dump(mode="json"), "reason": decision.reason},
-        timeout=0,
-        as_subflow=False,
-        idempotency_key=f"approve:{version.model}:{version.version}:{decision.champion_before}:{decision.gate_digest}:{attempt}",
-        flow_run_name=f"approve-{version.model}-{version.version}",
-        tags=[f"model:{version.model}", "approval"],
-    )
+    try:
+        return run_deployment(
+            APPROVE,
+            parameters={"version": version.model_dump(mode="json"), "reason": decision.reason},
+            timeout=0,
+            as_subflow=False,
+            idempotency_key=f"approve:{version.model}:{version.version}:{decision.champion_before}:{decision.gate_digest}:{attempt}",
+            flow_run_name=f"approve-{version.model}-{version.version}",
+            tags=[f"model:{version.model}", "approval"],
+        )
+    except ObjectNotFound as error:
+        raise no_deployment(APPROVE) from error
 
 
 @task(name="settle", **TRANSIENT)

@@ -1,12 +1,15 @@
-"""Promise: a person is asked once about a decision, and anew when nobody can answer any more."""
+"""Promise: a person is asked once about a decision, and anew when nobody can answer any more; who cannot be asked is said at once."""
 
 import asyncio
 
+import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Crashed, Suspended
 
+from stockpot.errors import BadRequest
 from stockpot.outcomes import GateDecision, ModelVersion
+from tasks import cooking
 from tasks.cooking import ask_approval
 
 
@@ -25,16 +28,24 @@ async def end(run_id, state):
         await client.set_flow_run_state(run_id, state, force=True)
 
 
+VERSION = ModelVersion(model="asked", version=1, soup_sha256="0" * 64)
+DECISION = GateDecision(promoted=False, waits=True, reason="Passed.", gate_digest="g")
+
+
+def test_a_missing_deployment_is_one_sentence(server, monkeypatch):
+    monkeypatch.setattr(cooking, "APPROVE", "approve/nowhere")
+    with pytest.raises(BadRequest, match="no deployment `approve/nowhere`; run `stockpot deploy`"):
+        ask_approval.fn(VERSION, DECISION)
+
+
 def test_an_approval_that_ended_without_an_answer_is_asked_for_again(deploy):
     deploy(approve, "stockpot")
-    version = ModelVersion(model="asked", version=1, soup_sha256="0" * 64)
-    decision = GateDecision(promoted=False, waits=True, reason="Passed.", gate_digest="g")
     known = set()
     for state in (Cancelled(), Crashed(), Suspended()):
-        ask_approval.fn(version, decision)
-        ask_approval.fn(version, decision)
+        ask_approval.fn(VERSION, DECISION)
+        ask_approval.fn(VERSION, DECISION)
         (new,) = asyncio.run(approvals()) - known
         asyncio.run(end(new, state))
         known.add(new)
-    ask_approval.fn(version, decision)
+    ask_approval.fn(VERSION, DECISION)
     assert asyncio.run(approvals()) == known, "the suspended one still waits for its answer"
