@@ -126,7 +126,7 @@ def retrain(
     run = start(
         "retrain/stockpot", {"request": wanted.model_dump(mode="json")}, name=f"retrain-{wanted.model}", tags=[f"model:{wanted.model}"]
     )
-    _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.page}", as_json and not watch)
+    _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.where}", as_json and not watch)
     if watch:
         _show_sweep(watch_to_end(run), as_json)
 
@@ -146,7 +146,7 @@ def soup(
     connection.check_server()
     model = tracking.read_sweep(sweep).request.model
     run = start("soup/stockpot", {"sweep_id": sweep}, name=f"soup-{sweep}", tags=[f"sweep:{sweep}", f"model:{model}", f"soup:{sweep}"])
-    _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.page}", as_json and not watch)
+    _tell({"flow_run_id": str(run.id), "page": run.page}, f"Started {run.name}: {run.where}", as_json and not watch)
     if watch:
         _show_sweep(watch_to_end(run), as_json)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import yaml
 from pydantic import ValidationError
 
@@ -17,8 +16,8 @@ from stockpot.errors import BadRequest, StockpotError
 from stockpot.fields import ADDRESS, NAME
 
 POLL_S = 1.0
-AWAY_S = 600.0
-"""How long the Prefect server may be away before watching gives up (the work itself goes on)."""
+PAGE = 200
+"""Flow runs the API returns at once."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,13 @@ class Started:
 
     id: UUID
     name: str
-    page: str
+    page: str | None
+    """For a browser; None where no server with pages is known."""
+
+    @property
+    def where(self) -> str:
+        """Where a person finds it."""
+        return self.page or f"flow run {self.id}"
 
 
 def read_request(path: Path) -> RetrainRequest:
@@ -79,15 +84,16 @@ def start(deployment: str, parameters: dict[str, Any], *, name: str, tags: list[
     """Create a flow run of a deployment. Raises `BadRequest` when the server has no such deployment."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
-    from prefect.settings import PREFECT_UI_URL
+
+    from tasks.policies import flow_run_page, no_deployment
 
     with get_client(sync_client=True) as client:
         try:
             found = client.read_deployment_by_name(deployment)
         except ObjectNotFound as error:
-            raise BadRequest(f"The Prefect server has no deployment `{deployment}`; create it with `stockpot deploy`.") from error
+            raise no_deployment(deployment) from error
         run = client.create_flow_run_from_deployment(found.id, name=name, parameters=parameters, tags=tags)
-    return Started(run.id, run.name, f"{PREFECT_UI_URL.value()}/runs/flow-run/{run.id}")
+    return Started(run.id, run.name, flow_run_page(run.id))
 
 
 def watch_to_end(started: Started, meanwhile: Callable[[], None] = lambda: None) -> str:
@@ -100,39 +106,44 @@ def watch_to_end(started: Started, meanwhile: Callable[[], None] = lambda: None)
             show(run, children)
             meanwhile()
     if not run.state.is_completed():
-        raise StockpotError(f"{run.name} ended {run.state.name}: {run.state.message or 'no reason given'} See {started.page}")
+        raise StockpotError(f"{run.name} ended {run.state.name}: {run.state.message or 'no reason given'} See {started.where}")
     sweep: str = next(tag.removeprefix("sweep:") for tag in run.tags if tag.startswith("sweep:"))
     return sweep
 
 
 def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
-    """The run and its children, read again every second until the run has ended."""
+    """The run and its children, read again every second until the run has ended. Raises `ServerUnreachable` where the server stays away;
+    the run itself may go on."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-    from prefect.client.schemas.sorting import FlowRunSort
-    from prefect.exceptions import PrefectHTTPStatusError
 
-    away_since: float | None = None
-    children_of = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id]))
+    from tasks.patience import NO_ANSWER, Absence
+
+    absence = Absence()
     with get_client(sync_client=True) as client:
         while True:
             try:
-                run, children = (
-                    client.read_flow_run(run_id),
-                    client.read_flow_runs(flow_run_filter=children_of, sort=FlowRunSort.ID_DESC, limit=200),
-                )
-            except (httpx.TransportError, PrefectHTTPStatusError) as error:
-                if isinstance(error, PrefectHTTPStatusError) and error.response.is_client_error:
-                    raise
-                away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > AWAY_S:
-                    raise StockpotError(f"The Prefect server has not answered for {AWAY_S:.0f} s; the run itself may go on.") from error
+                run, children = client.read_flow_run(run_id), _children(client, run_id)
+            except NO_ANSWER as error:
+                absence.bear(error)
             else:
-                away_since = None
+                absence.end()
                 yield run, children
                 if run.state is not None and run.state.is_final():
                     return
             time.sleep(POLL_S)
+
+
+def _children(client: Any, run_id: UUID) -> list[Any]:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    query = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id]))
+    runs: list[Any] = []
+    while page := client.read_flow_runs(flow_run_filter=query, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(runs)):
+        runs += page
+        if len(page) < PAGE:
+            break
+    return runs
 
 
 @contextmanager
