@@ -38,7 +38,7 @@ def sweep_of(model: str, trials: int = 2) -> Sweep:
 def files(folder: Path, seed: int = 0, width: int = 3) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"head.weight": torch.full((2, width), float(seed))}, folder / "model.safetensors")
-    save_file({"logits": torch.zeros(4, 2)}, folder / "held_out.safetensors")
+    save_file({"logits": torch.zeros(4, width)}, folder / "held_out.safetensors")
     (folder / "card.json").write_text("{}")
     (folder / "model.json").write_text("{}")
     (folder / "fingerprint.json").write_text("{}")
@@ -262,6 +262,14 @@ def test_a_download_that_breaks_off_is_one_sentence_and_the_next_is_whole(
                 tracking.fetch_ingredient(made, tmp_path / fault)
             assert proxy.broken == 1
             assert tracking.fetch_ingredient(made, tmp_path / fault)
+        proxy.break_next("cut", 1, after=50_000, match=b"held_out.safetensors")
+        with pytest.raises(ServerUnreachable, match=r"download of `held_out.safetensors` .* broke off"):
+            tracking.fetch_logits(made, tmp_path / "logits")
+        whole = (tmp_path / "made" / "held_out.safetensors").read_bytes()
+        for _ in range(2):  # the second time without the server
+            assert tracking.fetch_logits(made, tmp_path / "logits").read_bytes() == whole
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
         proxy.break_next("cut", 1, after=50_000, match=b"card.md")
         with pytest.raises(ServerUnreachable, match=r"download of `card.md` .* broke off"):
             tracking.read_text(run, "card.md")
