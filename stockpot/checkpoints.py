@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors, never pickle. The same weights and metadata give the same bytes, so a file's sha256 is an identity.
+"""Weights on disk: safetensors, never pickle. The same weights give the same bytes, so a file's sha256 is an identity.
 
 Two things safetensors leaves open are settled here. Its metadata is written in random order when it has several keys (0.8.0), so ours
 is one key holding canonical JSON. It refuses tensors that share memory, so a tied tensor is stored once and tied again on loading.
@@ -18,7 +18,7 @@ from stockpot.errors import ModelError
 _KEY = "stockpot"
 
 
-def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+def save_weights(path: Path, state: dict[str, Tensor]) -> str:
     """Write a state dict, on any device, to `path`, atomically. Returns the sha256 of the file."""
     owner: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
@@ -34,7 +34,8 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] 
             tied[name] = first
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(unique, partial, metadata={_KEY: canonical({"metadata": metadata or {}, "tied": tied}).decode()})
+    # `metadata` is always empty: without it every file, and its sha256, would be another than before.
+    save_file(unique, partial, metadata={_KEY: canonical({"metadata": {}, "tied": tied}).decode()})
     partial.replace(path)
     return file_digest(path)
 
@@ -53,13 +54,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     for name, first in json.loads(header.get(_KEY, '{"tied": {}}'))["tied"].items():
         state[name] = state[first]
     return state
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata `save_weights` was given; empty for a file of another program."""
-    with safe_open(path, framework="pt") as file:
-        stored: dict[str, str] = json.loads((file.metadata() or {}).get(_KEY, '{"metadata": {}}'))["metadata"]
-    return stored
 
 
 def first_non_finite(state: dict[str, Tensor]) -> str | None:

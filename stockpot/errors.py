@@ -7,6 +7,7 @@ StockpotError                    a stated failure: the command line prints the m
 │   ├── DeviceBusy               every GPU of the node is held by another trial
 │   ├── BudgetSpent              a trial has had its time; its state is saved for the next attempt
 │   └── RankLost                 one of the processes of a trial on several GPUs vanished
+├── ServerRefused                a server answers, and does not let this user in
 ├── StorageError                 the object store answered, but not with what was asked
 │   ├── StorageRefused           credentials, bucket or permission
 │   ├── Interrupted              its bytes ended early, or came no further (also Transient)

@@ -8,7 +8,6 @@ botocore's own order). Bodies are read by `stockpot.s3_bodies`.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ class StoredObject(NamedTuple):
     uri: str
     size: int
     etag: str
-    modified: datetime
 
 
 def filesystem() -> s3fs.S3FileSystem:
@@ -101,7 +99,7 @@ def list_prefix(uri: str) -> Iterator[StoredObject]:
     while True:
         page = call(uri, "list_objects_v2", Prefix=prefix, **token)
         for item in page.get("Contents", ()):
-            yield StoredObject(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'), item["LastModified"])
+            yield StoredObject(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
         if not page.get("IsTruncated"):
             return
         token = {"ContinuationToken": page["NextContinuationToken"]}

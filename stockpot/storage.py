@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
@@ -166,7 +165,7 @@ def list_prefix(uri: str) -> list[StoredObject]:
         with suppress(FileNotFoundError):  # removed meanwhile
             stat = path.stat()
             if S_ISREG(stat.st_mode) and not path.name.startswith(".stockpot-"):
-                found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat), datetime.fromtimestamp(stat.st_mtime, UTC)))
+                found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat)))
     return found
 
 

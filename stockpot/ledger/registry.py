@@ -120,7 +120,7 @@ def list_versions(model: str | None = None) -> list[VersionSummary]:
             aliases=tuple(sorted(alias for alias, number in named[one.name].items() if number == int(one.version))),
             sweep_id=one.tags.get("stockpot.sweep", ""),
             recipe=one.tags.get("stockpot.recipe", ""),
-            ingredients=len(one.tags.get("stockpot.ingredients", "").split(",")),
+            ingredients=len(_ingredients(one.tags)),
             scores=Scores.model_validate_json(told) if (told := one.tags.get("stockpot.scores")) else None,
             registered=datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )
@@ -177,7 +177,7 @@ def ingredients_by_version(model: str) -> dict[int, tuple[str, ...]]:
     """What each registered version of a model was made of, as its report named them."""
     with asking():
         found = search_versions(f"name = {quoted(model)} and tags.`stockpot.ingredients` LIKE '%'")
-    return {int(one.version): tuple(one.tags["stockpot.ingredients"].split(",")) for one in found}
+    return {int(one.version): _ingredients(one.tags) for one in found}
 
 
 def fetch_version(version: ModelVersion, folder: Path) -> Path:
@@ -275,12 +275,18 @@ def _whole(folder: Path, what: str, soup_sha256: str, files: str) -> Path:
             "version and register the soup again."
         )
     for name, sha256 in json.loads(files).items():
-        if not (folder / name).exists() or file_digest(folder / name) != sha256:
+        path = folder / name
+        if not path.exists() or (found if path == weights else file_digest(path)) != sha256:
             raise RegistryError(
                 f"{what} holds another `{name}` than was registered; its files were changed: delete the version and register the soup "
                 "again."
             )
     return weights.parent
+
+
+def _ingredients(tags: dict[str, str]) -> tuple[str, ...]:
+    """What a version's tags say that it was made of; nothing where they do not."""
+    return tuple(filter(None, tags.get("stockpot.ingredients", "").split(",")))
 
 
 def _create_model(model: str) -> None:

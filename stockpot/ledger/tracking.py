@@ -30,7 +30,6 @@ from stockpot.ledger.connection import (
     create_child,
     create_run,
     experiment,
-    fetch_file,
     find_run,
     is_gone,
     of_kind,
@@ -253,13 +252,6 @@ def read_picture(report: SoupReport) -> bytes:
     """The soup's picture, PNG."""
     with asking():
         return read_file(report.mlflow_run_id, "picture.png")
-
-
-def fetch_report_file(mlflow_run_id: str, name: str, folder: Path) -> Path:
-    """Download one file of a soup run, such as `gate_logits.safetensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with asking():
-        return fetch_file(mlflow_run_id, name, folder)
 
 
 def run_page(mlflow_run_id: str, model: str) -> str:

@@ -1,1 +1,1 @@
-"""The recipes, one a file with its paper, and the averaging under them. Ring 1: tensors and files, no storage, no ledger."""
+"""The recipes, one a file with its paper, and the averaging under them: tensors and files, no storage, no ledger."""

@@ -42,16 +42,17 @@ def test_however_few_the_server_gives_at_once_all_are_found(ledger: str, monkeyp
     """What `prune` does not find behind a version it would delete."""
     model = f"pages-{uuid4().hex[:8]}"
     client().create_registered_model(model)
-    tags = {"stockpot.soup_sha256": "0" * 64, "stockpot.ingredients": "one,two"}
+    tags = {"stockpot.soup_sha256": "0" * 64}
     experiments = [client().create_experiment(f"{model}-{number}") for number in range(3)]
     stored = [str(client().create_logged_model(one).model_id) for one in experiments]
-    for one in stored:
-        client().create_model_version(model, f"models:/{one}", tags=tags, model_id=one)
+    for one, parts in zip(stored, ("one,two", "one", None), strict=True):
+        named = {"stockpot.ingredients": parts} if parts else {}
+        client().create_model_version(model, f"models:/{one}", tags=tags | named, model_id=one)
     for search in ("search_model_versions", "search_experiments"):
         monkeypatch.setattr(MlflowClient, search, partialmethod(getattr(MlflowClient, search), max_results=1))
     assert registry.models_behind_versions() >= set(stored)
-    assert [one.version for one in registry.list_versions(model)] == [3, 2, 1]
-    assert set(registry.ingredients_by_version(model)) == {1, 2, 3}
+    assert [(one.version, one.ingredients) for one in registry.list_versions(model)] == [(3, 0), (2, 1), (1, 2)]
+    assert registry.ingredients_by_version(model) == {1: ("one", "two"), 2: ("one",)}
     assert sorted(registry._versions(model, "0" * 64)) == [1, 2, 3]
     assert "but versions 1, 2, 3" in str(registry.no_version(model, "champion"))
     assert {one.experiment_id for one in search_experiments()} >= set(experiments)

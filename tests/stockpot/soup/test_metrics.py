@@ -17,6 +17,7 @@ from stockpot.data.snapshots import open_snapshot
 from stockpot.evaluation import accuracy, logits
 from stockpot.fields import Metric
 from stockpot.ledger import tracking
+from stockpot.ledger.connection import fetch_file
 from stockpot.models.folders import read_model
 from stockpot.outcomes import Accuracy, ModelVersion
 from stockpot.release.gating import gather_evidence
@@ -85,7 +86,7 @@ def test_a_sweep_is_ranked_cooked_and_judged_by_it(ground: Ground, ledger: str, 
     assert [step.trial_id for step in report.steps] == sorted(f1, key=lambda trial: (-f1[trial], trial))
     assert all(step.exact for step in report.steps)
     assert report.scores["greedy"].held_out == [step.after for step in report.steps if step.kept][-1]
-    stored = load_weights(tracking.fetch_report_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path / "files"))
+    stored = load_weights(fetch_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path))
     assert report.scores["greedy"].gate.value == pytest.approx(ORACLES["macro_f1"](stored["labels"], stored["greedy"].argmax(1)))
     card = tracking.read_text(report.mlflow_run_id, "card.md")
     assert "| macro F1, % |" in card and "Greedy decisions, macro F1 in percent" in card and f"| {100 * max(f1.values()):.2f} |" in card

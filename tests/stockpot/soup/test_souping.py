@@ -19,7 +19,7 @@ from stockpot.digests import canonical, file_digest
 from stockpot.errors import BadRequest, SweepMissing, TooFewIngredients
 from stockpot.evaluation import accuracy
 from stockpot.ledger import tracking
-from stockpot.ledger.connection import client
+from stockpot.ledger.connection import client, fetch_file
 from stockpot.models.classifier import Classifier
 from stockpot.models.folders import fingerprint, write_model
 from stockpot.outcomes import Accuracy, SoupReport
@@ -97,7 +97,7 @@ def test_the_run_holds_card_picture_gate_logits_and_the_soup(ground: Ground, swe
     assert tracking.read_picture(report).startswith(b"\x89PNG")
     assert "## Greedy decisions" in tracking.read_text(report.mlflow_run_id, "card.md")
     assert report.soup_sha256[:12] in tracking.read_text(report.mlflow_run_id, "report.html")
-    logits = load_weights(tracking.fetch_report_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path / "files"))
+    logits = load_weights(fetch_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path))
     assert {name: len(tensor) for name, tensor in logits.items()} == dict.fromkeys(("labels", "best_single", "uniform", "greedy"), 30)
     folder = tmp_path / "model"
     from mlflow.artifacts import download_artifacts
@@ -189,7 +189,7 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
     report = cook(sweep.id, say=quiet)
     assert set(report.scores) == {"best_single", "uniform", "greedy", *everything[:6]}
     assert set(report.scores) == set(report.calibration) == set(report.costs), "and each with its calibration and its cost"
-    logits = load_weights(tracking.fetch_report_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path / "files"))
+    logits = load_weights(fetch_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path))
     for name in ("best_single", "uniform", "greedy"):
         assert report.calibration[name].before == calibration_error(logits[name], logits["labels"])
     shown = list(csv.reader(tracking.read_text(report.mlflow_run_id, "comparison.csv").splitlines()))
