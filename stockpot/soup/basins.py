@@ -3,8 +3,6 @@ models of two basins it falls to chance (linear mode connectivity: Frankle et al
 arXiv:2008.11687). Asked of each candidate and the best single one, at one evaluation each.
 """
 
-from collections.abc import Mapping
-
 from stockpot.outcomes import Accuracy
 from stockpot.soup.kitchen import Kitchen
 from stockpot.soup.recipes.greedy import ranked
@@ -12,13 +10,13 @@ from stockpot.soup.recipes.greedy import ranked
 
 def midpoints(kitchen: Kitchen) -> dict[str, Accuracy]:
     """Held-out accuracy half way from the best single model to each other candidate."""
-    best, *others = ranked(singles(kitchen))
+    best, *others = ranked(kitchen.pool.held_out)
     return {trial: kitchen.accuracy(kitchen.soup([best, trial]), "held_out") for trial in others}
 
 
 def strangers(kitchen: Kitchen, barrier: float) -> dict[str, str]:
     """Why some candidates are left out: half way they have less than the mean of both ends by more than `barrier`, a fraction."""
-    ends = singles(kitchen)
+    ends = kitchen.pool.held_out
     best, reasons = ranked(ends)[0], {}
     for trial, middle in midpoints(kitchen).items():
         mean = (ends[best].value + ends[trial].value) / 2
@@ -28,8 +26,3 @@ def strangers(kitchen: Kitchen, barrier: float) -> dict[str, str]:
                 f"{100 * (mean - middle.value):.1f} points below the mean of both; the request's `barrier` is {100 * barrier:g}."
             )
     return reasons
-
-
-def singles(kitchen: Kitchen) -> Mapping[str, Accuracy]:
-    """Each candidate's own held-out accuracy."""
-    return {trial: one.ingredient.held_out for trial, one in kitchen.pool.candidates.items()}

@@ -2,7 +2,7 @@
 fine-tuning moves bodies alone: an ingredient of a model with other classes can be averaged here once it wears this init's head.
 """
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,9 @@ def with_loans(pool: Pool, kitchen: Kitchen, sweep: Sweep, folder: Path) -> Pool
 
     folder: where their files are put.
     """
-    for model, loans in find_loans(sweep.request.soup, sweep.init).items():
-        for loan in loans:
+    loans = [(model, loan) for model, offers in find_loans(sweep.request.soup, sweep.init).items() for loan in offers]
+    with ExitStack() as opened:
+        for model, loan in loans:
             name = loan.ingredient.trial_id
             if name in pool.candidates:  # the same trial, of the same data from the same init
                 continue
@@ -54,7 +55,9 @@ def with_loans(pool: Pool, kitchen: Kitchen, sweep: Sweep, folder: Path) -> Pool
             except (IngredientMismatch, ModelError, DataError) as error:
                 pool = pool.without({name: f"Of model {model}: {error}"})
             else:
+                opened.callback(candidate.weights.close)
                 pool = _joined(pool, candidate, loan)
+        opened.pop_all()
     return pool
 
 

@@ -27,8 +27,7 @@ def shipped(kitchen: Kitchen, init: Init, spec: SoupSpec, greedy: Sequence[str])
 
 def prune(kitchen: Kitchen) -> Dish:
     """The pruned soup."""
-    held_out = {trial: one.ingredient.held_out for trial, one in kitchen.pool.candidates.items()}
-    stay = pruned(held_out, lambda trials: kitchen.accuracy(kitchen.soup(trials), "held_out"))
+    stay = pruned(kitchen.pool.held_out, lambda trials: kitchen.accuracy(kitchen.soup(trials), "held_out"))
     return kitchen.soup(stay)
 
 

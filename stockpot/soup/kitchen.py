@@ -118,7 +118,7 @@ class Kitchen:
 
     def learned(self, spec: MixingSpec, *, by_layer: bool) -> Dish:
         """The mixture of the best ingredients that is learned on the mixing share of held_out. It takes the kitchen's model to learn."""
-        trials = ranked({trial: one.ingredient.held_out for trial, one in self.pool.candidates.items()})[: spec.ingredients]
+        trials = ranked(self.pool.held_out)[: spec.ingredients]
         files = [self.pool.candidates[trial].weights for trial in trials]
         shares = learn(self.stoves[0].model, files, self._mixing_batches(spec), by_layer=by_layer, learning_rate=spec.learning_rate)
         self.stoves[0].loaded = ()

@@ -23,14 +23,17 @@ BATCH = 64
 
 
 def settling_samples(sweep: Sweep, preprocess: Preparation) -> tuple[Tensor, ...]:
-    """The first `batch_norm_samples` training samples of epoch 0 in the order of seed 0, on any machine: batches uint8 (B, 3, S, S).
-    None where the request does not ask for it."""
+    """The first `batch_norm_samples` training samples of epoch 0 in the order of seed 0, on any machine: batches uint8 (B, 3, S, S),
+    without those that are unreadable and that the request allows to be. None where the request does not ask for it."""
     count = sweep.request.soup.batch_norm_samples
     if count is None:
         return ()
-    snapshot = open_snapshot(sweep.data.snapshot)
+    snapshot, data = open_snapshot(sweep.data.snapshot), sweep.request.data
     size = min(BATCH, snapshot.counts["train"])
-    reader = TrainReader(snapshot, preprocess=preprocess, augment=None, batch_size=size, seed=0, drop_last=True)
+    reader = TrainReader(
+        snapshot, preprocess=preprocess, augment=None, batch_size=size, seed=0, drop_last=True, skip_fraction=data.skip_fraction,
+        reading=data.reading,
+    )  # fmt: skip
     return tuple(batch.images for batch in islice(reader.batches(0), count // size))
 
 

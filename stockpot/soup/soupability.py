@@ -6,6 +6,7 @@ draws a `barrier`, in one basin with the best single model: `basins`.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from stockpot.evaluation import accuracy
 from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.models.classifier import ModelConfig
-from stockpot.outcomes import Borrowed, Ingredient, ModelVersion
+from stockpot.outcomes import Accuracy, Borrowed, Ingredient, ModelVersion
 from stockpot.soup.recipes.averaging import first_non_finite, read_tensor
 from stockpot.soup.recipes.weights import Weights, difference, open_weights
 from stockpot.training import inits
@@ -61,6 +62,11 @@ class Pool:
     """The version that joined."""
     minimum: int = 1
     """The sweep's own candidates that must be left."""
+
+    @property
+    def held_out(self) -> dict[str, Accuracy]:
+        """Each candidate's own held-out accuracy."""
+        return {trial: one.ingredient.held_out for trial, one in self.candidates.items()}
 
     @property
     def duplicates(self) -> tuple[tuple[str, ...], ...]:
@@ -109,18 +115,21 @@ def gather(ingredients: list[Ingredient], init: Init, folder: Path, *, origins: 
     """
     candidates: dict[str, Candidate] = {}
     excluded: dict[str, str] = {}
-    start, config = open_init(init, folder)
-    with ThreadPoolExecutor(FETCHERS) as fetchers:
-        found = fetchers.map(lambda one: _examined(one, init, folder / one.trial_id), ingredients)
-        for ingredient, candidate in zip(ingredients, found, strict=True):
-            try:
-                if isinstance(candidate, str):
-                    raise IngredientMismatch(candidate)
-                require_alike(candidate.weights, candidate.config, start, config)
-                require_head(candidate.weights, config, start)
-                candidates[ingredient.trial_id] = candidate
-            except IngredientMismatch as error:
-                excluded[ingredient.trial_id] = str(error)
+    with ExitStack() as opened:  # a file left open keeps its room on the disk, also after the folder is removed
+        start, config = open_init(init, folder)
+        opened.callback(start.close)
+        with ThreadPoolExecutor(FETCHERS) as fetchers:
+            found = fetchers.map(lambda one: _examined(one, init, folder / one.trial_id, opened), ingredients)
+            for ingredient, candidate in zip(ingredients, found, strict=True):
+                try:
+                    if isinstance(candidate, str):
+                        raise IngredientMismatch(candidate)
+                    require_alike(candidate.weights, candidate.config, start, config)
+                    require_head(candidate.weights, config, start)
+                    candidates[ingredient.trial_id] = candidate
+                except IngredientMismatch as error:
+                    excluded[ingredient.trial_id] = str(error)
+        opened.pop_all()
     return _enough(Pool(start, config, candidates, excluded, origins or {}, minimum=minimum))
 
 
@@ -141,10 +150,12 @@ def check_accuracy(candidate: Candidate, labels_N: np.ndarray, transform_digest:
     )
 
 
-def _examined(ingredient: Ingredient, init: Init, folder: Path) -> Candidate | str:
-    """The candidate, or why it is none."""
+def _examined(ingredient: Ingredient, init: Init, folder: Path, opened: ExitStack) -> Candidate | str:
+    """The candidate, or why it is none. opened: is to close its file, unless all is well."""
     try:
-        return _examine(ingredient, init, folder)
+        candidate = _examine(ingredient, init, folder)
+        opened.callback(candidate.weights.close)
+        return candidate
     except (IngredientMismatch, ModelError) as error:
         return str(error)
 
@@ -153,11 +164,13 @@ def _examine(ingredient: Ingredient, init: Init, folder: Path) -> Candidate:
     require_init(ingredient.init_digest, init)
     tracking.fetch_ingredient(ingredient, folder)
     weights, config = open_model(folder, ingredient.weights_sha256)
-    logits = load_weights(folder / "held_out.safetensors").get("logits")
-    if logits is None or not bool(logits.isfinite().all()):
-        what = "no `logits`" if logits is None else "logits that are no numbers"
-        weights.close()
-        raise IngredientMismatch(f"Its held_out.safetensors holds {what}; run its trial again.")
+    with ExitStack() as opened:
+        opened.callback(weights.close)
+        logits = load_weights(folder / "held_out.safetensors").get("logits")
+        if logits is None or not bool(logits.isfinite().all()):
+            what = "no `logits`" if logits is None else "logits that are no numbers"
+            raise IngredientMismatch(f"Its held_out.safetensors holds {what}; run its trial again.")
+        opened.pop_all()
     return Candidate(ingredient, weights, config, logits)
 
 

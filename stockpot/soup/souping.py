@@ -98,7 +98,7 @@ def _trusted(pool: Pool, kitchen: Kitchen) -> Pool:
 
 def _cook(sweep: Sweep, kitchen: Kitchen, folder: Path, began: float, say: Say) -> SoupReport:
     pool, wanted = kitchen.pool, sweep.request.soup.recipe
-    singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
+    singles = pool.held_out
     best = ranked(singles)[0]
     steps: list[GreedyStep] = []
 

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from stockpot.config import GateSpec, SoupSpec
+from stockpot.config import BaseSpec, DataSpec, GateSpec, Init, PinnedData, RetrainRequest, SoupSpec
+from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
-from stockpot.errors import RegistryError
+from stockpot.data.splits import SplitSpec
+from stockpot.errors import RegistryError, SkipBudgetExceeded
 from stockpot.evaluation import normalise
 from stockpot.ledger import registry, tracking
 from stockpot.models.folders import read_model
@@ -23,7 +25,8 @@ from stockpot.soup import settling
 from stockpot.soup.recipes.batch_norm import norms, reestimate, statistics
 from stockpot.soup.settling import settling_samples
 from stockpot.soup.souping import cook
-from tests.tiny_sweep import NORM, PREPROCESS, Ground, finish_trials, norm_tower, on_ground, tiny_sweep
+from stockpot.sweeps import plan
+from tests.tiny_sweep import CLASSES, NORM, PREPROCESS, Ground, finish_trials, norm_tower, on_ground, png, tiny_sweep
 
 
 def batches(count: int) -> list[torch.Tensor]:
@@ -63,6 +66,26 @@ def test_the_statistics_have_names_and_other_models_have_none() -> None:
     assert set(norms(norm_tower())) == {"1", "6"}
     assert statistics(norm_tower()) == {f"{at}.{part}" for at in (1, 6) for part in ("running_mean", "running_var", "num_batches_tracked")}
     assert statistics(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))) == set()
+
+
+def test_a_sample_the_request_lets_be_unreadable_is_left_out(node: Path, tmp_path: Path) -> None:
+    given = [*(Sample(f"s{number}", png(number, number % 3), number % 3) for number in range(63)), Sample("bad", b"<html>", 0)]
+    rule = SplitSpec(held_out=0, gate=0)
+    data = PinnedData(snapshot=publish(str(tmp_path), "some", CLASSES, GivenSamples(given), splits=rule, skip_fraction=0.1))
+    init = Init(uri=f"{tmp_path}/init", digest="b" * 64)
+
+    def settled(**reading: object) -> int:
+        asked = DataSpec(snapshot=data.snapshot.uri, **reading)
+        base, soup = BaseSpec(arch="own"), SoupSpec(batch_norm_samples=64)
+        request = RetrainRequest(model="some", store=str(tmp_path), data=asked, base=base, soup=soup)
+        return sum(map(len, settling_samples(plan(request, data, init), PREPROCESS)))
+
+    with pytest.raises(SkipBudgetExceeded, match="sample 'bad' is not a readable image"):
+        settled(reading="streamed")
+    assert settled(skip_fraction=0.1, reading="streamed") == 63
+    assert not [path for path in node.rglob("*.tar") if path.is_file()]
+    assert settled(skip_fraction=0.1, reading="cached") == 63
+    assert [path for path in node.rglob("*.tar") if path.is_file()]
 
 
 @pytest.fixture

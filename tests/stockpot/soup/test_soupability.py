@@ -2,7 +2,9 @@
 are left make no soup. The files are real, in a real ledger, and broken there."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,7 +15,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import SoupSpec, Sweep
 from stockpot.digests import canonical, digest, file_digest
-from stockpot.errors import TooFewIngredients
+from stockpot.errors import ServerUnreachable, TooFewIngredients
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.models.classifier import ModelConfig
@@ -83,6 +85,28 @@ def broken(ground: Ground, sweep: Sweep, folder: Path) -> dict[str, str]:
         other_shapes.trial_id: "`head.weight` is float32 [3, 9] in it and float32 [3, 8]",
         other_init.trial_id: "It started from init",
     }
+
+
+def test_a_ledger_that_goes_away_leaves_no_file_open(ground: Ground, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the room on the disk that an open file keeps; whether the others are on their way by then, or examined."""
+    sweep = tiny_sweep(ground, f"away-{uuid4().hex[:8]}", 3)
+    ingredients, fetch, place = finish_trials(ground, sweep, tmp_path), tracking.fetch_ingredient, tmp_path / "pool"
+
+    def open_files() -> int:
+        return sum(path.is_symlink() and str(path.readlink()).startswith(str(place)) for path in Path("/proc/self/fd").iterdir())
+
+    def away(lost: Ingredient, ingredient: Ingredient, folder: Path) -> Path:
+        if ingredient == lost:
+            raise ServerUnreachable("gone")
+        return fetch(ingredient, folder)
+
+    with closing(gather(ingredients, sweep.init, place)):
+        assert open_files() >= 3
+    for lost in (ingredients[0], ingredients[2]):
+        monkeypatch.setattr(tracking, "fetch_ingredient", partial(away, lost))
+        with pytest.raises(ServerUnreachable):
+            gather(ingredients, sweep.init, place)
+        assert not open_files()
 
 
 def test_every_broken_ingredient_is_named_counted_and_left_out(ground: Ground, ledger: str, tmp_path: Path) -> None:
