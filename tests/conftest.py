@@ -1,11 +1,13 @@
 """What every test module may use: one real S3 server and one real MLflow server for the session, and the ground of tiny sweeps.
 Import nothing heavy here."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.mlflow_server import free_port
 from tests.mlflow_server import mlflow_server as running_mlflow_server
@@ -13,6 +15,10 @@ from tests.object_store import ObjectStore, object_store
 
 if TYPE_CHECKING:
     from tests.tiny_sweep import Ground
+
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +57,30 @@ def ledger(mlflow_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return mlflow_server
+
+
+@pytest.fixture
+def stockpot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[Any, str, str]]:
+    """Run a command line in this process and in an empty folder, with no server's address but what the test sets; returns exit code,
+    standard output and standard error."""
+    from deployments import cli
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stockpot", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

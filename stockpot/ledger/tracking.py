@@ -183,20 +183,21 @@ def fetch_ingredient(ingredient: Ingredient, folder: Path) -> Path:
 
 
 def fetch_logits(ingredient: Ingredient, folder: Path) -> Path:
-    """Download nothing of an ingredient but its held-out logits (and labels), unless they lie under `folder` already, where only whole
-    ones come. Raises `IngredientMismatch` when they are others."""
+    """Download nothing of an ingredient but its held-out logits (and labels), unless they lie under `folder` already. Raises
+    `IngredientMismatch` when they are others, which are removed."""
     name = INGREDIENT_FILES[1]
     path = folder / ingredient.model_id / name
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as place:  # a download that breaks off leaves a part of the file under its name
-        with _asking_for(ingredient, [name]):
-            home = client().get_logged_model(ingredient.model_id).artifact_location
-            get_artifact_repository(home, tracking_uri=address()).download_artifacts(name, place)
-        if (sha256 := ingredient.files.get(name)) and file_digest(Path(place) / name) != sha256:
-            raise _mismatch(ingredient, f"{name} has another sha256 than the recorded {sha256[:12]}")
-        return (Path(place) / name).replace(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as place:  # a download that breaks off leaves a part of the file under its name
+            with _asking_for(ingredient, [name]):
+                home = client().get_logged_model(ingredient.model_id).artifact_location
+                get_artifact_repository(home, tracking_uri=address()).download_artifacts(name, place)
+            (Path(place) / name).replace(path)
+    if (sha256 := ingredient.files.get(name)) and file_digest(path) != sha256:
+        path.unlink()
+        raise _mismatch(ingredient, f"{name} has another sha256 than the recorded {sha256[:12]}")
+    return path
 
 
 def record_report(report: SoupReport, files: Path) -> SoupReport:

@@ -32,7 +32,7 @@ from deployments.tables import sweep_document, sweep_text
 from stockpot.errors import StockpotError
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import until
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
 
@@ -255,12 +255,15 @@ def test_a_retraining_whose_parent_died_is_taken_up_without_doubling_its_trials(
         ({}, {"sweep": {"trials": 3, "space": {"seed": {"choice": [1, 2]}}}}, "has fewer than 3 different trials"),
     ],
 )
-def test_what_is_not_there_is_one_sentence_before_anything_starts(stack, request_for, tmp_path, environ, change, said):
+def test_what_is_not_there_is_one_sentence_before_anything_starts(
+    stack, request_for, stockpot, tmp_path, monkeypatch, environ, change, said
+):
+    for name, value in (stack.environ | environ).items():
+        monkeypatch.setenv(name, value)
     document = request_for("refused", seeds=(9,)).model_dump(mode="json") | change
     (tmp_path / "request.yaml").write_text(json.dumps(document))
-    command = [sys.executable, "-m", "deployments.cli", "retrain", str(tmp_path / "request.yaml")]
-    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    code, out, err = stockpot("retrain", tmp_path / "request.yaml")
+    assert (code, out) == (1, "")
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
     assert not runs_of("model:refused")

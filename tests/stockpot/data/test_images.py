@@ -34,7 +34,7 @@ def test_jpeg_equals_pillow_to_the_last_bit(options: dict[str, object]) -> None:
 
 
 @given(data=st.data(), side=st.tuples(st.integers(1, 70), st.integers(1, 70)), grey=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_jpeg_whole_cut_or_corrupt_is_what_pillow_makes_of_it(data: st.DataObject, side: tuple[int, int], grey: bool) -> None:
     options = data.draw(
         st.fixed_dictionaries(

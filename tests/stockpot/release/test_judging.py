@@ -80,7 +80,7 @@ def test_every_comparison_is_paired_and_tested_and_one_slow_moment_changes_nothi
     assert decision.latency_ratio == pytest.approx(1.1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     champion=st.text("01", min_size=12, max_size=12), challenger=st.text("01", min_size=12, max_size=12),
     tolerance=st.floats(0, 1), seconds=st.lists(st.tuples(st.floats(1e-4, 1), st.floats(1e-4, 1)), min_size=1, max_size=5),

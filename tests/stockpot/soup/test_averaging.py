@@ -47,7 +47,7 @@ def same(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     files=st.integers(1, 6),
@@ -65,7 +65,7 @@ def test_the_mean_is_the_float64_mean_rounded_once(
         )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), files=st.integers(1, 24), power=st.integers(0, 30))
 def test_the_float32_mean_is_within_one_rounding_a_file_of_the_exact_one(
     tmp_path_factory: pytest.TempPathFactory, seed: int, files: int, power: int
@@ -100,7 +100,7 @@ def test_a_file_that_shrinks_while_it_is_averaged_is_a_sentence(tmp_path: Path) 
         average(files)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(5)))
 def test_the_order_of_the_files_does_not_matter(tmp_path_factory: pytest.TempPathFactory, seed: int, order: list[int]) -> None:
     files = stored(tmp_path_factory.mktemp("order"), random_states(seed, 5))

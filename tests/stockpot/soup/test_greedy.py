@@ -68,7 +68,7 @@ def reference(pool: Linear, accept: str) -> list[tuple[str, int, bool]]:
     return told
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 100_000),
     trials=st.integers(1, 9),
@@ -90,7 +90,7 @@ def averaged(pool: Linear, trials: Sequence[str]) -> int:
     return sum(mean.index(max(mean)) == int(label) for mean, label in zip(means, pool.labels, strict=True))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 100_000), trials=st.integers(1, 6), samples=st.integers(5, 30), spread=st.floats(0.1, 4),
     budget=st.none() | st.integers(1, 5),
@@ -119,7 +119,7 @@ def test_ties_go_to_the_smaller_id() -> None:
     assert ranked({"b": Accuracy(correct=3, seen=4), "a": Accuracy(correct=3, seen=4), "c": Accuracy(correct=4, seen=4)}) == ["c", "a", "b"]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 100_000),
     trials=st.integers(1, 9),
@@ -165,7 +165,7 @@ def test_early_rejection_changes_no_decision_and_no_soup(
     assert all(step.exact for step in fast if step.kept)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 100_000), trials=st.integers(1, 9), spread=st.floats(0.1, 4), devices=st.integers(1, 4), passes=st.integers(1, 3)
 )

@@ -36,7 +36,7 @@ PAIRS = some.integers(2, 6).flatmap(
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "mcc"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(drawn=PAIRS)
 def test_they_are_scikit_learns(metric: Metric, drawn: tuple[int, list[tuple[int, int]]]) -> None:
     classes, rows = drawn

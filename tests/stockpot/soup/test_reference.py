@@ -169,7 +169,7 @@ POOLS = st.builds(drawn, seed=st.integers(0, 100_000), trials=st.integers(1, 5),
 METRICS = st.sampled_from(["accuracy", "accuracy", "macro_f1", "mcc"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     pool=POOLS,
     metric=METRICS,
@@ -218,7 +218,7 @@ def assert_told(step: GreedyStep, value: Fraction | float) -> None:
         assert not step.kept
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(pool=POOLS, metric=METRICS)
 def test_pruning_decides_as_the_reference(tmp_path_factory: pytest.TempPathFactory, pool: Any, metric: str) -> None:
     naive = Naive(*pool, metric)

@@ -93,7 +93,7 @@ def drawn_state(seed: int, dtypes: Sequence[torch.dtype], signs: bool) -> State:
     return state
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seeds=st.lists(st.integers(0, 50), min_size=1, max_size=7),
     dtypes=st.lists(st.sampled_from(FLOATS), min_size=1, max_size=4),

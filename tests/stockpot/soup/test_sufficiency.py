@@ -40,7 +40,7 @@ def naive(trials: list[dict[str, Tensor]], labels: Tensor, metric: Metric) -> fl
     return accuracy(ensemble(logits, greedy_ensemble(logits, labels, metric=metric)), labels, metric).value
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), trials=st.integers(1, 9), averages=st.integers(0, 2), metric=st.sampled_from(["accuracy", "macro_f1"]))
 def test_every_point_is_the_greedy_ensembles_mean_over_choices(seed: int, trials: int, averages: int, metric: Metric) -> None:
     made, labels = told(seed, trials, averages)

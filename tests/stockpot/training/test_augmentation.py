@@ -77,7 +77,7 @@ def in_timm(height, width, smallest, seed):
 
 
 @pytest.mark.parametrize("box", [ours, in_timm])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(height=st.integers(1, 600), width=st.integers(1, 600), smallest=st.floats(0.01, 1.0), seed=st.integers(0, 2**63))
 def test_no_crop_is_below_the_share_or_outside_the_image(box, height, width, smallest, seed):
     top, left, tall, wide = box(height, width, smallest, seed)
