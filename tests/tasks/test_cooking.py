@@ -38,6 +38,7 @@ def test_a_missing_deployment_is_one_sentence(server, monkeypatch):
         ask_approval.fn(VERSION, DECISION)
 
 
+@pytest.mark.slow
 def test_an_approval_that_ended_without_an_answer_is_asked_for_again(deploy):
     deploy(approve, "stockpot")
     known = set()

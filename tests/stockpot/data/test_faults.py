@@ -88,7 +88,7 @@ def test_a_cut_of_every_connection_after_some_bytes_still_reads_everything(
         ("cut", 0),
         pytest.param("cut", 100, marks=pytest.mark.slow),
         pytest.param("reset", 100, marks=pytest.mark.slow),
-        ("mute", 0),
+        pytest.param("mute", 0, marks=pytest.mark.slow),
         pytest.param("stall", 100, marks=pytest.mark.slow),
     ],
 )
