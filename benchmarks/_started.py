@@ -31,13 +31,14 @@ def ended(part: str) -> None:
     LAST[:] = now
 
 
-def ending(owner: Any, name: str, part: str) -> None:
-    """Let a part end whenever that function of a module or a class returns."""
+def ending(owner: Any, name: str, part: str, then: Callable[[], None] = lambda: None) -> None:
+    """Let a part end whenever that function of a module or a class returns; `then` is called after it."""
     real: Callable[..., Any] = getattr(owner, name)
 
     def function(*arguments: Any, **named: Any) -> Any:
         found = real(*arguments, **named)
         ended(part)
+        then()
         return found
 
     setattr(owner, name, function)
@@ -45,7 +46,7 @@ def ending(owner: Any, name: str, part: str) -> None:
 
 def watch() -> None:
     """Let the parts of a trial end where they do."""
-    from stockpot.training import course, inits, trials
+    from stockpot.training import course, inits, optimisation, trials
     from stockpot.training.moving_parts import Training
 
     ending(trials, "_finished", "MLflow: is it finished already")
@@ -57,16 +58,14 @@ def watch() -> None:
     ending(course, "load_state", "build the model")
     ending(course, "open_snapshot", "open the snapshot")
     ending(Training, "__init__", "reader and optimiser")
-    advance = Training.advance
+    ending(optimisation, "learning_rate", "first batch")  # asked for as soon as a batch is there
+    ending(Training, "advance", "first step", then=report)
 
-    def first_step(training: Training, *batch_and_rate: Any) -> NoReturn:
-        ended("first batch")
-        advance(training, *batch_and_rate)
-        ended("first step")
-        print(json.dumps(PARTS), flush=True)
-        os._exit(0)
 
-    Training.advance = first_step  # type: ignore[method-assign]
+def report() -> NoReturn:
+    """Print the parts; nothing after the first step is of interest."""
+    print(json.dumps(PARTS), flush=True)
+    os._exit(0)
 
 
 def main() -> None:

@@ -16,8 +16,6 @@ from stockpot.errors import BadRequest, StockpotError
 from stockpot.fields import ADDRESS, NAME
 
 POLL_S = 1.0
-PAGE = 200
-"""Flow runs the API returns at once."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,8 @@ def _states(run_id: UUID) -> Iterator[tuple[Any, list[Any]]]:
 def _children(client: Any, run_id: UUID) -> list[Any]:
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
     from prefect.client.schemas.sorting import FlowRunSort
+
+    from tasks.dispatching import PAGE
 
     query = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id]))
     runs: list[Any] = []

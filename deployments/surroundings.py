@@ -45,7 +45,7 @@ def check_request(request: RetrainRequest) -> None:
     from stockpot import storage
     from stockpot.data.snapshots import pin
     from stockpot.ledger import connection
-    from stockpot.models.bases import require_known
+    from stockpot.models.naming import is_uri
     from stockpot.sweeps import allotted
 
     allotted(request)
@@ -55,4 +55,7 @@ def check_request(request: RetrainRequest) -> None:
     for uri in (request.data.snapshot, request.data.test, *request.data.shifts.values()):
         if uri:
             pin(uri)
-    require_known(request.base)
+    if not is_uri(request.base.arch):  # a name, known to libraries that take seconds to load
+        from stockpot.models.bases import require_known
+
+        require_known(request.base)

@@ -17,7 +17,6 @@ import psutil
 GRACE_S = 45.0
 """How long flow runs may take to leave; less than the minute their container has."""
 
-
 LEAVING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The first of them makes the worker leave; further ones change nothing."""
 

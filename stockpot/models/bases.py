@@ -57,7 +57,7 @@ def load_base(base: BaseSpec, *, seed: int = 0) -> Base:
 def require_known(base: BaseSpec) -> None:
     """Raises `ModelError` for an architecture or a tag that no library knows, with the nearest names. What lies elsewhere (a config of the
     user's own, an import, a hub) is looked at by whoever loads it."""
-    if _kind(base) in ("open_clip", "timm") and not is_uri(base.arch):
+    if not is_uri(base.arch) and _kind(base) in ("open_clip", "timm"):
         _described(base)
 
 

@@ -6,7 +6,8 @@ from uuid import UUID
 import pytest
 from prefect.settings import PREFECT_UI_URL, temporary_settings
 
-from deployments.starting import PAGE, Started, _children
+from deployments.starting import Started, _children
+from tasks.dispatching import PAGE
 from tasks.policies import flow_run_page
 
 RUN = UUID(int=7)
