@@ -1,15 +1,20 @@
-"""Promise: the ready-made requests are valid, and the random search draws exactly the published distribution."""
+"""Promise: the ready-made requests are valid, name only what exists, and their sweeps are the published ones: the distribution of the
+random search, every cell of a grid, and each value that Wortsman et al. 2022 (arXiv:2203.05482) give for the other backbones."""
 
 import math
 from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
 from stockpot.config import RetrainRequest, SweepSpec
+from stockpot.models.bases import require_known
+from stockpot.preparation import Preprocess
 from stockpot.spaces import Choice, IntUniform, LogUniform, Sometimes, Uniform
-from stockpot.sweeps import draw
+from stockpot.sweeps import UNTRAINED, allotted, draw
+from stockpot.training.augmentation import augmentation
 
 FOLDER = Path(__file__).parents[2] / "deployments" / "requests"
 
@@ -20,8 +25,13 @@ def request(name: str) -> RetrainRequest:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_request_is_valid_and_draws_its_trials(path):
-    spec = request(path.stem).sweep
-    assert len(set(draw(spec))) == spec.trials + spec.init_as_ingredient
+    asked = request(path.stem)
+    trials = {settings for settings, _ in allotted(asked)}  # refuses a batch that the GPUs of a trial cannot share
+    assert len(trials) == asked.sweep.trials + asked.sweep.init_as_ingredient
+    require_known(asked.base)
+    pictures = Preprocess(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    for name in {name for one in trials for name in (one.augmentation, one.last_epoch_augmentation) if name}:
+        augmentation(name, pictures)
 
 
 def test_the_random_search_has_the_published_space():
@@ -89,3 +99,109 @@ def test_the_seeds_differ_in_nothing_else():
     drawn = draw(request("seeds").sweep)
     assert [one.seed for one in drawn] == [0, 1, 2, 3, 4]
     assert len({one.model_copy(update={"seed": 0}) for one in drawn}) == 1
+
+
+class Published(NamedTuple):
+    """What the paper says of a sweep."""
+
+    section: str
+    trials: int
+    values: dict[str, set[Any]]
+    """All that the trials together have in a setting."""
+
+
+PUBLISHED = {
+    "text_search": Published(
+        "3.3.3, BERT and T5 on four tasks of GLUE",
+        32,
+        {
+            "optimiser": {"adam"},
+            "schedule": {"linear"},
+            "weight_decay": {0.0},
+            "batch_size": {8, 16, 32, 64},
+            "epochs": {2, 3, 5},
+            "augmentation": {"none"},
+        },
+    ),
+    "vit_g": Published(
+        "3.3.2, ViT-G/14",
+        58,
+        {
+            "optimiser": {"adafactor"},
+            "batch_size": {512},
+            "max_steps": {10_000, 20_000},
+            "schedule": {"constant", "cosine"},
+            "loss": {"cross_entropy", "binary_cross_entropy"},
+            "smallest_crop": {0.05, 0.7, 0.9, 1.0},
+            "evaluate_every_steps": {1000},
+            "ema_decays": {(0.999, 0.9999999)},
+        },
+    ),
+    "basic_l": Published("BASIC-L: 2 rates by 10 augmentations", 20, {"batch_size": {64}, "epochs": {8}}),
+    "efficientnet_l2": Published("3.3.1, ALIGN", 12, {"optimiser": {"adamw"}}),
+}
+"""By request, from arXiv:2203.05482; ranges are tested one by one."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_sweep_has_the_published_trials_and_values(name):
+    published, spec = PUBLISHED[name], request(name).sweep
+    trials = draw(spec)[: spec.trials]  # the init comes last
+    assert len(trials) == published.trials
+    assert {field: {getattr(one, field) for one in trials} for field in published.values} == published.values
+
+
+def test_texts_are_searched_and_cut_as_published():
+    """Rates log-uniform between 1e-6 and 1e-3, 128 tokens, and CoLA's metric, the Matthews correlation."""
+    asked = request("text_search")
+    assert asked.sweep.space.pop("learning_rate") == LogUniform(log_uniform=(1e-6, 1e-3))
+    assert asked.sweep.space.keys() == {"batch_size", "epochs"}
+    assert all(1e-6 <= one.learning_rate <= 1e-3 for one in draw(request("text_search").sweep))
+    assert (asked.base.max_tokens, asked.soup.metric) == (128, "mcc")
+
+
+def test_the_pool_of_vit_g_has_all_that_was_varied_together_and_apart():
+    """RandAugment, mixup, CutMix and SAM: trials with each of them and without."""
+    trials = draw(request("vit_g").sweep)
+    assert {one.augmentation.startswith("rand-") for one in trials} == {True, False}
+    for field in ("mixup", "cutmix", "sam_rho"):
+        assert {getattr(one, field) > 0 for one in trials} == {True, False}
+
+
+def test_basic_l_is_two_rates_by_ten_augmentations_with_averages_of_its_batch_size():
+    """A decay per step of a smaller batch is the root that gives the same decay per image."""
+    trials = draw(request("basic_l").sweep)
+    rates = {one.learning_rate for one in trials}
+    arms = {(one.augmentation, one.last_epoch_augmentation) for one in trials}
+    assert (len(rates), len(arms)) == (2, 10)
+    assert {(one.learning_rate, one.augmentation, one.last_epoch_augmentation) for one in trials} == {
+        (rate, *arm) for rate, arm in product(rates, arms)
+    }
+    for one in trials:
+        assert [1 - decay for decay in one.ema_decays] == pytest.approx([1 - wide ** (64 / 512) for wide in (0.999, 0.9999999)], rel=1e-5)
+
+
+def test_align_is_a_grid_over_rate_augmentation_and_mixup_with_its_init():
+    spec = request("efficientnet_l2").sweep
+    *trials, init = draw(spec)
+    assert spec.grid.keys() == {"learning_rate", "augmentation", "mixup"}
+    assert (len(trials), init) == (12, UNTRAINED)
+    assert {one.learning_rate for one in trials} < {*STANDARD}
+
+
+def test_wilds_is_the_random_search_on_batches_of_128():
+    wilds, search = request("wilds"), request("random_search").sweep
+    assert wilds.base.arch == "ViT-L-14"
+    assert wilds.sweep == search.model_copy(update={"settings": search.settings.model_copy(update={"batch_size": 128})})
+    assert wilds.data.shifts and wilds.soup.metric == "macro_f1"
+
+
+def test_imagenet_22k_is_searched_as_the_standard_grid():
+    assert request("imagenet22k").sweep == request("standard_grid").sweep
+
+
+def test_a_soup_across_datasets_trains_nothing_and_borrows_bodies_for_a_head_of_text():
+    asked = request("across_datasets")
+    assert draw(asked.sweep) == (UNTRAINED,), "the init, evaluated once whatever sweep asks for it"
+    assert (asked.init.head, asked.init.freeze_head) == ("zero_shot", True)
+    assert asked.soup.bodies_of
