@@ -102,7 +102,8 @@ class TrainReader:
         skipped = 0
         with closing(self._streamed(epoch, skip) if self.reading == "streamed" else self._cached(epoch, skip)) as source:
             for made in source:
-                self.counters.update(made.counts)
+                with self._counting:
+                    self.counters.update(made.counts)
                 self.skipped += made.skipped
                 skipped += len(made.skipped)
                 if skipped > allowed or (self.plan.shuffled and not len(made.labels)):  # no step can be made of nothing

@@ -18,11 +18,13 @@ from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy
 from stockpot.settings import TrialSettings
+from stockpot.training.accounting import Account
 from stockpot.training.attempts import Attempt
 from stockpot.training.augmentation import augmentation
 from stockpot.training.candidates import Candidate
+from stockpot.training.journal import FINISHED
 from stockpot.training.preemption import Preempted
-from stockpot.training.ranks import Place, summed
+from stockpot.training.ranks import Place
 from stockpot.training.trainer import Batch, Checkpoint, Log, State, total_steps, train
 
 Say = Callable[[str], None]
@@ -84,12 +86,12 @@ def fine_tune(
 
     place: the rank that this process is, and its device; every rank reads its share of every batch, and the first one evaluates.
     """
-    preprocess = model.config.preprocess
+    preprocess, account = model.config.preprocess, Account(place, resume)
 
     @cache
     def reader(name: str) -> TrainReader:
         """Train with that augmentation."""
-        return TrainReader(
+        made = TrainReader(
             snapshot,
             preprocess=preprocess,
             augment=augmentation(name, preprocess, smallest_crop=settings.smallest_crop),
@@ -104,6 +106,8 @@ def fine_tune(
             # A rest of a few samples would make the last step of every epoch, and of the trial, a wild one.
             drop_last=snapshot.counts["train"] >= settings.batch_size,
         )
+        account.open(made.counters)
+        return made
 
     names = (settings.augmentation, settings.last_epoch_augmentation or settings.augmentation)
     steps = reader(settings.augmentation).steps_per_epoch
@@ -119,6 +123,11 @@ def fine_tune(
     def score(net: nn.Module) -> Accuracy:
         return accuracy(logits(net, held_out().images, preprocess, device=place.device), held_out().labels)
 
+    def note(metrics: dict[str, float], step: int) -> None:
+        if "train/loss" in metrics:  # which every rank comes to
+            account.meet()
+        log(metrics, step)
+
     candidates = train(
         model,
         settings,
@@ -126,14 +135,13 @@ def fine_tune(
         steps_per_epoch=steps,
         preprocess=preprocess,
         device=place.device,
-        log=log,
+        log=note,
         resume=resume,
-        checkpoint=checkpoint,
+        checkpoint=lambda step, state: checkpoint(step, lambda: state() | account.state()),
         score=score if place.rank == 0 else None,
         rank=place.rank,
         world=place.world,
     )
-    counts = [reader(name).counters for name in {*names}]
-    read = summed({name: sum(one[name] for one in counts) for name in counts[0]}, place)
-    log({f"data/{name}": float(count) for name, count in read.items()}, total_steps(settings, steps))
+    if resume is None or int(resume["step"]) < FINISHED:  # else they are logged
+        log({f"data/{name}": float(count) for name, count in account.meet().items()}, total_steps(settings, steps))
     return candidates

@@ -132,6 +132,9 @@ def test_a_trial_on_two_ranks_killed_or_preempted_goes_on_and_leaves_no_rank(num
     disturbed = run_trial(trial, say=lines.append)
     assert not any(" step 10 " in line for line in lines)
     assert disturbed.weights_sha256 == alone.weights_sha256
+    for curve in ("data/planned", "data/read"):  # of both attempts, and of both ranks
+        one, other = (client().get_metric_history(made.mlflow_run_id, curve) for made in (alone, disturbed))
+        assert [point.value for point in one] == [point.value for point in other] == [30 * 60]
 
 
 def start(trial: Trial) -> subprocess.Popen[str]:

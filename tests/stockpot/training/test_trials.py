@@ -208,6 +208,8 @@ def test_a_trial_whose_time_is_spent_goes_on_in_the_next_attempt(ground, ledger,
     assert tracking.find_ingredient("hurried", trial.id) is None
     late = run_trial(trial.model_copy(update={"budget_s": None}), **quiet)
     assert late.weights_sha256 == alone.weights_sha256
+    read = [client().get_run(one.mlflow_run_id).data.metrics["data/read"] for one in (alone, late)]
+    assert read == [2 * 60] * 2
 
 
 def start(trial: Trial, lines: int) -> subprocess.Popen[str]:
