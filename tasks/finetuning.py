@@ -14,6 +14,9 @@ from tasks.dispatching import Job
 @task(name="trial", task_run_name="{trial.id}")
 def finetune_trial(trial: Trial, attempt: int) -> Ingredient:
     """One trial from init to ingredient, holding its GPUs if the node has any. Crashes are retried by the sweep, not here."""
+    from stockpot.training import journal
+
+    journal.require_own_state(trial)
     with claimed_gpus(trial.gpus):
         from stockpot.training.trials import run_trial
 

@@ -9,6 +9,7 @@ A dataset is a folder in object storage:
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,7 +150,8 @@ class Snapshot:
 
 
 def pin(uri: str) -> PinnedSnapshot:
-    """Address and digest of a snapshot, given its manifest, or a dataset: then the one published last. Raises `SnapshotMissing`.
+    """Address and digest of a snapshot, given its manifest, or a dataset: then the one published last. Raises `SnapshotMissing`, and
+    `SnapshotBroken` for a manifest that is not the one its name says.
 
     A store that does not answer or refuses is said within five seconds.
     """
@@ -160,16 +162,17 @@ def pin(uri: str) -> PinnedSnapshot:
             uri = storage.join(uri, f"snapshots/{latest}.json")
     except ObjectMissing as error:
         raise SnapshotMissing(f"{uri} holds no snapshot: {error}") from error
-    return PinnedSnapshot(uri=uri, digest=digest(_read(uri)))
+    pinned, named = PinnedSnapshot(uri=uri, digest=digest(_read(uri))), re.search(r"/([0-9a-f]{64})\.json$", uri)
+    if named and named[1] != pinned.digest:
+        raise _replaced(pinned, named[1])
+    return pinned
 
 
 def open_snapshot(pinned: PinnedSnapshot) -> Snapshot:
     """Read and verify the manifest. Raises `SnapshotMissing`, or `SnapshotBroken` when it is not the pinned one."""
     manifest = _read(pinned.uri)
-    if digest(manifest) != pinned.digest:
-        raise SnapshotBroken(
-            f"{pinned.uri} has digest {digest(manifest)[:12]}, {pinned.digest[:12]} was pinned: the manifest was replaced."
-        )
+    if (found := digest(manifest)) != pinned.digest:
+        raise _replaced(PinnedSnapshot(uri=pinned.uri, digest=found), pinned.digest)
     return Snapshot(pinned.uri, manifest)
 
 
@@ -213,6 +216,13 @@ def _read(uri: str) -> Manifest:
     if found != manifest.splits or sum(found.values()) != manifest.index.samples:
         raise SnapshotBroken(f"{uri} contradicts itself: its shards hold {found}, its splits say {manifest.splits}.")
     return manifest
+
+
+def _replaced(found: PinnedSnapshot, wanted: str) -> SnapshotBroken:
+    return SnapshotBroken(
+        f"{found.uri} has digest {found.digest[:12]}, needed is {wanted[:12]}: the manifest was replaced. Restore it, or name another "
+        "snapshot."
+    )
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stockpot import storage
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import Trial
-from stockpot.errors import BadRequest, TrialFailed
+from stockpot.errors import TrialFailed
 from stockpot.outcomes import Ingredient
 from stockpot.training.journal import Journal, StateNote
 
@@ -38,12 +38,7 @@ class Attempt:
         found = self.journal.standing.state
         if found is None:
             return None
-        for name, wanted in self._identity().items():
-            if (made := getattr(found, name)) != wanted:
-                raise BadRequest(
-                    f"The training state of trial {self.trial.id} was made with {name} {made[:12]}, the trial has {wanted[:12]}; "
-                    f"remove {self.journal.root} to start it anew."
-                )
+        found.require_of(self.trial)
         with TemporaryDirectory(prefix="stockpot-state-") as folder:
             path = Path(folder) / "state.safetensors"
             storage.download(f"{self.journal.root}/{found.file}", path, found.sha256)
@@ -59,7 +54,8 @@ class Attempt:
         with TemporaryDirectory(prefix="stockpot-state-") as folder:
             path = Path(folder) / "state.safetensors"
             sha256 = save_weights(path, state)
-            note = StateNote(file=f"state-{self.claim:010d}-{sha256[:16]}.safetensors", step=step, sha256=sha256, **self._identity())
+            file, trial = f"state-{self.claim:010d}-{sha256[:16]}.safetensors", self.trial
+            note = StateNote(file=file, step=step, sha256=sha256, snapshot=trial.snapshot.digest, init=trial.init.digest)
             storage.upload(path, f"{self.journal.root}/{note.file}")
         self.journal.write(lambda _standing: {"state": note})
         self._saved_at = time.monotonic()
@@ -79,6 +75,3 @@ class Attempt:
         """End the trial: its ingredients are in the ledger, and are found there from now on. A later attempt ends it itself."""
         with suppress(TrialFailed):
             self.journal.write(lambda _standing: {"state": None, "ingredients": {}, "ended": True})
-
-    def _identity(self) -> dict[str, str]:
-        return {"snapshot": self.trial.snapshot.digest, "init": self.trial.init.digest}

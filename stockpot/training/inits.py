@@ -40,12 +40,12 @@ def prepare(
     """Build the init, or find the one already built from the same base, spec and snapshot.
 
     probe: asked for a `linear_probe` head, which may take a GPU. examine: refuses a config before that. Raises `ModelError` for a base that
-    cannot be built, a zero-shot head without a text tower, and a probe that does not converge.
+    cannot be built, a zero-shot head without a text tower, a probe that does not converge, and an init that was changed since it was built.
     """
     root = f"{store.rstrip('/')}/inits/{digest([base, spec, snapshot.digest, _contents(base)])[:12]}"
     if storage.exists(f"{root}/init.json"):
         init = _committed(root)
-        examine(ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json")))
+        examine(load(init).config)
         return init
     classifier = _build(base, spec, open_snapshot(snapshot), probe, examine)
     with TemporaryDirectory(prefix="stockpot-init-") as name:
@@ -80,8 +80,8 @@ def load(init: Init) -> Classifier:
         found = digest([file_digest(folder / "model.safetensors"), ModelConfig.model_validate_json((folder / "model.json").read_bytes())])
         if found != init.digest:
             raise ModelError(
-                f"The init at {init.uri} has digest {found[:12]}, the trial was drawn for {init.digest[:12]}: its weights or its config "
-                "(activation included) were changed. Restore the objects, or start a new sweep from a new init."
+                f"The init at {init.uri} has digest {found[:12]}, it was built with {init.digest[:12]}: its weights or its config "
+                f"(activation included) were changed. Restore the objects, or remove {init.uri.rpartition('/')[0]} to have it built anew."
             )
         return read_model(folder)
 

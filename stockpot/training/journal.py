@@ -17,7 +17,7 @@ from pydantic import Field
 from stockpot import storage
 from stockpot.config import Trial
 from stockpot.digests import canonical
-from stockpot.errors import ObjectExists, ObjectMissing, TrialFailed
+from stockpot.errors import BadRequest, ObjectExists, ObjectMissing, TrialFailed
 from stockpot.fields import Closed
 from stockpot.outcomes import Ingredient
 
@@ -36,6 +36,16 @@ class StateNote(Closed):
     """Digest of the data it was made with."""
     init: str
     """Digest of the init it was made from."""
+
+    def require_of(self, trial: Trial) -> None:
+        """Raises `BadRequest` unless it was made with the trial's snapshot and init. A sweep's trials have their ids from both, so only one
+        that was written by hand finds another's."""
+        for name, made, wanted in (("snapshot", self.snapshot, trial.snapshot.digest), ("init", self.init, trial.init.digest)):
+            if made != wanted:
+                raise BadRequest(
+                    f"The training state of trial {trial.id} was made with {name} {made[:12]}, the trial has {wanted[:12]}; "
+                    f"remove {folder(trial)} to start it anew."
+                )
 
 
 class Standing(Closed):
@@ -60,6 +70,12 @@ def progress(trial: Trial) -> int:
     found = _last(folder(trial))[1]
     step = FINISHED if trial.id in found.ingredients else found.state.step if found.state else 0
     return step + len(found.ingredients)
+
+
+def require_own_state(trial: Trial) -> None:
+    """Raises `BadRequest` where the trial would go on from a state of another snapshot or init; asked before a GPU is taken."""
+    if found := _last(folder(trial))[1].state:
+        found.require_of(trial)
 
 
 class Journal:

@@ -1,16 +1,20 @@
-"""Promise: a retraining outlives a trial whose progress cannot be told, and a trial that finds no free GPU spends no attempt."""
+"""Promise: a retraining outlives a trial whose progress cannot be told, a trial that finds no free GPU spends no attempt, and one that
+would go on from a state of other data or another init is refused before it takes a GPU.
+"""
 
 import asyncio
 import logging
 
 import pytest
+import torch
 from prefect.logging import disable_run_logger
 
 import flows.finetune
 from stockpot import storage
 from stockpot.config import Init, PinnedSnapshot, Trial
-from stockpot.errors import DeviceBusy, StorageRefused
+from stockpot.errors import BadRequest, DeviceBusy, StorageRefused
 from stockpot.settings import TrialSettings
+from stockpot.training.attempts import Attempt
 from tasks import finetuning
 from tasks.dispatching import Job
 from tasks.finetuning import trial_progress
@@ -47,3 +51,20 @@ def test_a_node_whose_gpus_are_all_held_is_named(trial, monkeypatch):
     with disable_run_logger():
         state = flows.finetune.finetune.fn(trial)
     assert (state.name, state.message) == ("DeviceBusy", "2 of 2 GPUs of this node are held.")
+
+
+@pytest.mark.parametrize("part", ["snapshot", "init"])
+def test_a_state_of_another_snapshot_or_init_is_refused_before_a_gpu_is_taken(trial, part, monkeypatch):
+    """No parent can meet one: it knows a trial by the digest of both, and with either changed dispatches another trial. This is for a run
+    that a person starts by hand, with the trial's parameters changed."""
+
+    def claimed(_gpus):
+        raise DeviceBusy("2 of 2 GPUs of this node are held.")
+
+    monkeypatch.setattr(finetuning, "claimed_gpus", claimed)
+    Attempt(trial).save(3, {"step": torch.tensor(3)})
+    changed = trial.model_copy(update={part: getattr(trial, part).model_copy(update={"digest": "f" * 64})})
+    with pytest.raises(DeviceBusy):
+        finetuning.finetune_trial.fn(trial, 1)
+    with pytest.raises(BadRequest, match=f"The training state of trial {trial.id} was made with {part} .*, the trial has ffffffffffff"):
+        finetuning.finetune_trial.fn(changed, 1)

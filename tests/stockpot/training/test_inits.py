@@ -66,7 +66,7 @@ def test_changed_weights_are_refused(base, ground, node, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ModelError, match=r"has digest .*, the trial was drawn for"):
+    with pytest.raises(ModelError, match=r"has digest .*, it was built with"):
         fetch(init)
 
 

@@ -98,7 +98,7 @@ def test_memory_that_runs_out_in_the_last_evaluation_leaves_no_ingredient_and_sa
 
 def test_another_init_is_refused(ground, ledger, tmp_path):
     trial = trial_of(ground, "other-init", tmp_path)
-    with pytest.raises(ModelError, match="the trial was drawn for"):
+    with pytest.raises(ModelError, match="it was built with"):
         run_trial(trial.model_copy(update={"init": trial.init.model_copy(update={"digest": "0" * 64})}), say=lambda _line: None)
 
 
