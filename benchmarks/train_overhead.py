@@ -1,5 +1,5 @@
-"""What a trial's options cost in time, over plain steps of the same model on the same batches in memory. In a round each has its turn;
-ratios are of one round, the figure is their median, the spread their range.
+"""What a trial's options cost in time, over plain steps of the same model on the same batch in memory. In a round each has one step, in
+another order every time; ratios are of one round, the figure is their median, the spread their quartiles.
 
 `train.overhead_*` of a moving average, SAM, micro-batches and bf16: seconds of a step over those of a plain one, in CPU time.
 `train.overhead_evaluation`: one evaluation on `IMAGES` images in memory, in plain steps of `BATCH` images, the best weights kept.
@@ -9,6 +9,8 @@ plain steps on the clock, with its bytes and seconds; a trial saves one every `s
 
 import json
 import statistics
+import time
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -18,54 +20,70 @@ from torch import nn
 
 from benchmarks._ground import opened_trials
 from benchmarks._measuring import timed as clocked
-from benchmarks.train import ARCH, BATCH, PREPROCESS, SETTINGS, batches, model, timed
+from benchmarks.train import ARCH, BATCH, PREPROCESS, SETTINGS, batches, model
 from stockpot.evaluation import accuracy, logits
 from stockpot.outcomes import Accuracy
 from stockpot.settings import TrialSettings
 from stockpot.training.attempts import Attempt
+from stockpot.training.candidates import Best
 from stockpot.training.moving_parts import Training
-from stockpot.training.trainer import train
+from stockpot.training.trainer import evaluate
 
-STEPS, ROUNDS, IMAGES, EVERY = 20, 5, 256, 5
+ROUNDS, SAVES, IMAGES = 40, 5, 256
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "moving_average": {"ema_decays": (0.999,)},
     "sam": {"sam_rho": 0.05},
     "micro_batches": {"micro_batch": BATCH // 4},
     "bf16": {"precision": "bf16"},
-    "evaluation": {"evaluate_every_steps": EVERY},
 }
-STEP = {
-    "moving_average": "a plain step; the average is of every weight, in float64, after every step",
-    "sam": "a plain step; it has two forward and backward passes",
-    "micro_batches": f"a plain step of {BATCH} images at once; here they are four times {BATCH // 4}",
-    "bf16": "a plain step in fp32; on a CPU without bf16 arithmetic autocast only adds conversions",
+STEP = "times the seconds of a plain step"
+PEERS = {
+    "moving_average": (STEP, "a plain step; the average is of every weight, in float64, after every step"),
+    "sam": (STEP, "a plain step; it has two forward and backward passes"),
+    "micro_batches": (STEP, f"a plain step of {BATCH} images at once; here they are four times {BATCH // 4}"),
+    "bf16": (STEP, "a plain step in fp32; on a CPU without bf16 arithmetic autocast only adds conversions"),
+    "evaluation": (f"plain steps of {BATCH} images per evaluation of {IMAGES}", "a plain step: forward, backward and update"),
 }
 
 
-def measure(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, dict[str, Any]]:
+def measure(rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
     """Every figure by its name in the bench file."""
     torch.set_num_threads(1)
-    for name in VARIANTS:
-        timed(partial(variant, name), 2)
-    seconds = [{name: timed(partial(variant, name), steps).cpu for name in VARIANTS} for _ in range(rounds)]
-    found = {name: entry([one[name] / one["plain"] for one in seconds], "times the seconds of a plain step", STEP[name]) for name in STEP}
-    evaluations = [(one["evaluation"] / one["plain"] - 1) * steps / (steps // EVERY) for one in seconds]
-    found["evaluation"] = entry(
-        evaluations, f"plain steps of {BATCH} images per evaluation of {IMAGES}", "a plain step: forward, backward and update"
-    )
-    return {f"train.overhead_{name}": one for name, one in {**found, "saving": saving(rounds)}.items()}
+    jobs = {name: stepping(more) for name, more in VARIANTS.items()} | {"evaluation": evaluating()}
+    for job in jobs.values():
+        job()
+        job()
+    names = list(jobs)
+    seconds = [
+        {name: timed(jobs[name]) for name in names[number % len(names) :] + names[: number % len(names)]} for number in range(rounds)
+    ]
+    found = {name: entry([one[name] / one["plain"] for one in seconds], *PEERS[name]) for name in PEERS}
+    return {f"train.overhead_{name}": one for name, one in {**found, "saving": saving(SAVES)}.items()}
+
+
+def timed(job: Callable[[], object]) -> float:
+    """CPU seconds of all threads."""
+    began = time.process_time()
+    job()
+    return time.process_time() - began
+
+
+def stepping(more: dict[str, Any]) -> Callable[[], object]:
+    """One step of a training of its own."""
+    training = Training(model(), TrialSettings.model_validate({**SETTINGS.model_dump(), **more}), PREPROCESS)
+    return partial(training.advance, next(batches(0)), 1e-4)
+
+
+def evaluating() -> Callable[[], object]:
+    """One evaluation, as the trainer does it on the way."""
+    return partial(evaluate, Training(model(), SETTINGS, PREPROCESS), Best(), score, lambda _metrics, _step: None)
 
 
 def entry(ratios: list[float], unit: str, peer: str) -> dict[str, Any]:
     """A figure of one ratio a round."""
-    return {"ratio": statistics.median(ratios), "unit": unit, "peer": peer, "repeats": len(ratios), "spread": [min(ratios), max(ratios)]}
-
-
-def variant(name: str, net: nn.Module, steps: int) -> None:
-    """So many steps of the trainer with one of `VARIANTS`."""
-    settings = TrialSettings.model_validate({**SETTINGS.model_dump(), "max_steps": steps, **VARIANTS[name]})
-    train(net, settings, batches, steps_per_epoch=steps, preprocess=PREPROCESS, score=score)
+    first, middle, third = statistics.quantiles(ratios, n=4)
+    return {"ratio": middle, "unit": unit, "peer": peer, "repeats": len(ratios), "spread": [first, third]}
 
 
 def score(net: nn.Module) -> Accuracy:

@@ -86,13 +86,13 @@ def train(
                 )
                 losses.clear()
             if score and settings.evaluate_every_steps and (step % settings.evaluate_every_steps == 0 or step == total):
-                _evaluate(training, best, score, log)
+                evaluate(training, best, score, log)
             checkpoint(step, lambda: training.state() | best.state())
     training.end()
     return _finish(training, best)
 
 
-def _evaluate(training: Training, best: Best, score: Score, log: Log) -> None:
+def evaluate(training: Training, best: Best, score: Score, log: Log) -> None:
     """Score the weights and every average of them, and keep what is the best so far."""
     for decay, average in {0.0: Weights(), **training.averages.averages}.items():
         with IN_EVALUATION(), wearing(training.model, average):
