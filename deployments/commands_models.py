@@ -30,19 +30,12 @@ def models(
 @app.command()
 def explain(model: Name, as_json: AsJson = False) -> None:
     """Tell where a version comes from: ingredients, decisions, the gate's verdict, and who was champion before."""
-    from stockpot.ledger import connection, registry
+    from stockpot.ledger import connection
     from stockpot.release import explaining
 
     connection.check_server()
-    version, told = registry.resolve(model), explaining.explain(model)
-    decision, report = registry.read_decision(version), explaining.read_report(version)
-    document = {
-        "version": version.model_dump(mode="json"),
-        "decision": decision.model_dump(mode="json") if decision else None,
-        "gone": explaining.gone(report),
-        "report": report.model_dump(mode="json"),
-    }
-    _tell(document, told, as_json)
+    story = explaining.look_up(model)
+    _tell(story.model_dump(mode="json"), explaining.tell(story), as_json)
 
 
 @app.command()
@@ -110,7 +103,7 @@ def prune(
     lines = [f"{one.kind} {one.about[:12]}  {one.size:,} bytes" for one in plan.removable]
     what, free, how = ("Deleted", "freed", "") if apply else ("Would delete", "free", "; add --apply to do it" if plan.removable else "")
     no_longer = "can no longer" if apply else "could then no longer"
-    lines += [f"{model} version {number} {no_longer} be rebuilt from its ingredients; it serves as before." for number in plan.forgets]
+    lines += [f"{version} {no_longer} be rebuilt from its ingredients; it serves as before." for version in plan.forgets]
     _tell(
         {
             "applied": apply,

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stockpot.fields import METRICS
-from stockpot.outcomes import Enough, ModelVersion, Scores, SoupReport, VersionSummary
+from stockpot.outcomes import Enough, ModelVersion, SoupReport, VersionSummary
+from stockpot.soup import table as soup_table
 
 
 def sweep_document(sweep_id: str) -> dict[str, Any]:
@@ -93,20 +93,23 @@ def versions_text(rows: list[VersionSummary]) -> str:
     for place, row in enumerate(rows):
         cells = [_percent(column[place]) for column in asked.values()]
         table.add_row(
-            row.model, str(row.version), ", ".join(row.aliases), row.sweep_id, f"{row.recipe} of {row.ingredients}", *cells, row.registered
+            row.model,
+            str(row.version),
+            ", ".join(row.aliases),
+            row.sweep_id,
+            f"{row.recipe} of {len(row.ingredients)}",
+            *cells,
+            row.registered,
         )
     return _text(table)
 
 
 def comparison(report: SoupReport) -> str:
-    """Best single, uniform and greedy on every split, in percent."""
-    suites = sorted(next(iter(report.scores.values())).shifts)
-    names = ["held_out %", "gate %", "test %", *[f"{suite} %" for suite in suites], "mean shift %"]
-    rows = {name.replace("_", " "): _cells(scores, suites) for name, scores in report.scores.items()}
-    asked = [place for place in range(len(names)) if any(cells[place] for cells in rows.values())]
-    table = Table("model", *[names[place] for place in asked], title=METRICS[report.metric].capitalize())
-    for name, cells in rows.items():
-        table.add_row(name, *[cells[place] for place in asked])
+    """Everything that was scored, on every split, in percent."""
+    head, *rows = soup_table.scores(report)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
     return _text(table)
 
 
@@ -115,11 +118,6 @@ def version_line(version: ModelVersion) -> str:
     address = f"models:/{version.model}@{version.alias}" if version.alias else f"models:/{version.model}/{version.version}"
     rank = f" is {version.alias}" if version.alias else ""
     return f'Version {version.version} of {version.model}{rank}: mlflow.pyfunc.load_model("{address}")'
-
-
-def _cells(scores: Scores, suites: list[str]) -> list[str]:
-    splits = [scores.held_out, scores.gate, scores.test, *[scores.shifts.get(suite) for suite in suites]]
-    return [*[_percent(split.value if split else None) for split in splits], _percent(scores.shift_average)]
 
 
 def _percent(fraction: float | None) -> str:

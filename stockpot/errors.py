@@ -23,6 +23,7 @@ StockpotError                    a stated failure: the command line prints the m
 ├── IngredientMismatch           weights that may not be averaged
 ├── TooFewIngredients            fewer finished trials than the quorum
 ├── SweepMissing                 no such sweep in the ledger
+├── RecordUnreadable             a record in the ledger that this Stockpot cannot read
 ├── SoupFailed                   the soup flow ended without a version
 ├── RegistryError                a version or alias is not what was written
 └── StackError                   the local stack cannot start or is already running
@@ -121,6 +122,10 @@ class TooFewIngredients(StockpotError):
 
 class SweepMissing(StockpotError):
     """No such sweep in the ledger."""
+
+
+class RecordUnreadable(StockpotError):
+    """A record in the ledger that this Stockpot cannot read."""
 
 
 class SoupFailed(StockpotError):

@@ -3,7 +3,7 @@ Weights, logits and pixels never appear here; they lie in object storage under t
 
 from pydantic import Field
 
-from stockpot.config import StopSpec
+from stockpot.config import PinnedData, StopSpec
 from stockpot.fields import Closed, Metric
 from stockpot.settings import TrialSettings
 
@@ -198,6 +198,7 @@ class SoupReport(Closed):
     metric: Metric = Field("accuracy", description="What ingredients were ranked by; every score is of it.")
     model_id: str = Field("", description="MLflow LoggedModel that holds the shipped soup, as it is served.")
     soup_sha256: str = Field(description="sha256 of the shipped soup's safetensors file: the identity of the model version.")
+    data: PinnedData | None = Field(None, description="What was read. None in a report of an earlier Stockpot; its sweep says it too.")
     init_digest: str
     transform_digest: str
     best_single: str = Field(description="Trial id of the highest held-out accuracy; ties go to the smaller id.")
@@ -263,7 +264,7 @@ class VersionSummary(Closed):
     aliases: tuple[str, ...] = Field(description="All of them, a person's own ones too.")
     sweep_id: str
     recipe: str
-    ingredients: int = Field(description="How many were averaged.")
+    ingredients: tuple[str, ...] = Field(description="Ids of what was averaged, in the order it was added.")
     scores: Scores | None = Field(description="None for a version registered before they were kept with it.")
     registered: str = Field(description="ISO 8601, UTC.")
 

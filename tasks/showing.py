@@ -18,8 +18,8 @@ from prefect.artifacts import (
 )
 
 from stockpot.config import Sweep
-from stockpot.fields import METRICS
-from stockpot.outcomes import Accuracy, ModelVersion, Scores, SoupReport
+from stockpot.outcomes import Accuracy, ModelVersion, SoupReport
+from stockpot.soup import table
 from tasks.dispatching import Outcome
 from tasks.patience import PICTURE_S, only_a_picture, patiently
 
@@ -79,10 +79,11 @@ def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: 
         key=f"soup-{report.sweep_id}-decisions",
         description=f"Greedy decisions of sweep {report.sweep_id}, in order, on held_out",
     )
+    head, *rows = table.asked(report, percent)
     create_table_artifact(
-        [score_row(name, scores) for name, scores in report.scores.items()],
+        [dict(zip(head, row, strict=True)) for row in rows],
         key=f"soup-{report.sweep_id}-scores",
-        description=f"{METRICS[report.metric].capitalize()} in percent",
+        description=" ".join(table.notes(report)),
     )
     create_image_artifact(
         "data:image/png;base64," + base64.b64encode(picture).decode(),
@@ -102,18 +103,6 @@ def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: 
         key=f"soup-{report.sweep_id}-report",
         description="The whole report: picture, scores with intervals, every decision, curves and trials",
     )
-
-
-def score_row(name: str, scores: Scores) -> dict[str, str]:
-    """One line of the comparison, in percent; an empty cell where a split was not asked for."""
-    return {
-        "model": name.replace("_", " "),
-        "held_out": percent(scores.held_out),
-        "gate": percent(scores.gate),
-        "test": percent(scores.test),
-        **{suite: percent(score) for suite, score in sorted(scores.shifts.items())},
-        "mean shift": f"{100 * scores.shift_average:.2f}" if scores.shift_average is not None else "",
-    }
 
 
 def percent(accuracy: Accuracy | None) -> str:

@@ -38,11 +38,11 @@ def find_borrowers(model: str) -> list[Sweep]:
         everywhere = [one.experiment_id for one in search_experiments()]
         condition = f"tags.`stockpot.kind` = 'sweep' and tags.`stockpot.lender.{model}` LIKE '%'"
         runs = search_runs(everywhere, condition, "attributes.start_time")
-    return [tracking.read_sweep(run.data.tags["stockpot.sweep"]) for run in runs]
+    return [tracking.sweep_on(run.info.run_id) for run in runs]
 
 
 def _offers(model: str, body: str) -> list[Loan]:
-    sweeps = [tracking.read_sweep(one.sweep_id) for one in tracking.list_sweeps(model)]
+    sweeps = [tracking.sweep_on(one.mlflow_run_id) for one in tracking.list_sweeps(model)]
     offers = {one.trial_id: Loan(one, sweep) for sweep in sweeps for one in tracking.find_ingredients(sweep)}
     return sorted(
         offers.values(), key=lambda loan: (loan.sweep.init.body != body, -loan.ingredient.held_out.value, loan.ingredient.trial_id)

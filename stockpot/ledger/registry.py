@@ -120,7 +120,7 @@ def list_versions(model: str | None = None) -> list[VersionSummary]:
             aliases=tuple(sorted(alias for alias, number in named[one.name].items() if number == int(one.version))),
             sweep_id=one.tags.get("stockpot.sweep", ""),
             recipe=one.tags.get("stockpot.recipe", ""),
-            ingredients=len(_ingredients(one.tags)),
+            ingredients=tuple(filter(None, one.tags.get("stockpot.ingredients", "").split(","))),
             scores=Scores.model_validate_json(told) if (told := one.tags.get("stockpot.scores")) else None,
             registered=datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )
@@ -171,13 +171,6 @@ def models_behind_versions() -> set[str]:
     shares the bytes of its original even after that was deleted, so its storage is asked for."""
     with asking():
         return {_model_behind(found) for found in search_versions("")}
-
-
-def ingredients_by_version(model: str) -> dict[int, tuple[str, ...]]:
-    """What each registered version of a model was made of, as its report named them."""
-    with asking():
-        found = search_versions(f"name = {quoted(model)} and tags.`stockpot.ingredients` LIKE '%'")
-    return {int(one.version): _ingredients(one.tags) for one in found}
 
 
 def fetch_version(version: ModelVersion, folder: Path) -> Path:
@@ -282,11 +275,6 @@ def _whole(folder: Path, what: str, soup_sha256: str, files: str) -> Path:
                 "again."
             )
     return weights.parent
-
-
-def _ingredients(tags: dict[str, str]) -> tuple[str, ...]:
-    """What a version's tags say that it was made of; nothing where they do not."""
-    return tuple(filter(None, tags.get("stockpot.ingredients", "").split(",")))
 
 
 def _create_model(model: str) -> None:

@@ -40,6 +40,7 @@ from stockpot.ledger.connection import (
     sweep_run,
 )
 from stockpot.ledger.limits import RUN_TAG, shortened
+from stockpot.ledger.records import parsed
 from stockpot.ledger.standing import stand_finished
 from stockpot.outcomes import Enough, Ingredient, SoupReport, SweepSummary
 
@@ -71,17 +72,23 @@ def open_sweep(sweep: Sweep, flow_run_id: str | None = None, flow_run_page: str 
 
 
 def read_sweep(sweep_id: str) -> Sweep:
-    """The sweep as it was planned. Raises `SweepMissing`."""
+    """The sweep as it was planned. Raises `SweepMissing`, `RecordUnreadable`."""
     with asking():
-        return Sweep.model_validate_json(read_file(str(sweep_run(sweep_id).info.run_id), "sweep.json"))
+        return sweep_on(str(sweep_run(sweep_id).info.run_id))
+
+
+def sweep_on(mlflow_run_id: str) -> Sweep:
+    """The same, where the sweep's run is known."""
+    with asking():
+        return parsed(Sweep, read_file(mlflow_run_id, "sweep.json"), f"`sweep.json` of MLflow run {mlflow_run_id}")
 
 
 def close_sweep(sweep_id: str, status: Status, counts: dict[str, int]) -> None:
     """End the sweep's run with the number of trials in every state, such as `{"finished": 7, "failed": 1}`, and the runs of finished trials
     that the ledger did not hear the end of."""
-    done = {one.trial_id for one in find_ingredients(read_sweep(sweep_id))}
     with asking():
         sweep = sweep_run(sweep_id)
+        done = {one.trial_id for one in find_ingredients(sweep_on(str(sweep.info.run_id)))}
         for run in search_runs([sweep.info.experiment_id], of_kind("trial", sweep_id) + RUNNING, "attributes.start_time"):
             if run.data.tags["stockpot.trial"] in done:
                 stand_finished(run)
@@ -162,7 +169,7 @@ def find_earlier(sweep: Sweep, most: int) -> list[tuple[Ingredient, str]]:
     found = {
         one.trial_id: (one, tags["stockpot.sweep"])
         for tags in (model.tags for model in models)
-        if "stockpot.ingredient" in tags and (one := Ingredient.model_validate_json(tags["stockpot.ingredient"])).trial_id not in own
+        if "stockpot.ingredient" in tags and (one := _ingredient(tags["stockpot.ingredient"])).trial_id not in own
     }
     return sorted(found.values(), key=lambda pair: (-pair[0].held_out.value, pair[0].trial_id))[:most]
 
@@ -219,7 +226,7 @@ def read_report(sweep_id: str) -> SoupReport | None:
         runs = search_runs(
             [sweep.info.experiment_id], f"{of_kind('soup', sweep_id)} and attributes.status = 'FINISHED'", "attributes.start_time"
         )
-        return SoupReport.model_validate_json(read_file(str(runs[0].info.run_id), "report.json")) if runs else None
+        return parsed(SoupReport, read_file(str(runs[0].info.run_id), "report.json"), f"The report of sweep {sweep_id}") if runs else None
 
 
 def open_soup_run(model: str, sweep_id: str, flow_run_id: str | None = None, flow_run_page: str | None = None) -> str:
@@ -264,7 +271,11 @@ def run_page(mlflow_run_id: str, model: str) -> str:
 def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
     tags = [one.tags["stockpot.ingredient"] for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
-    return [Ingredient.model_validate_json(tag) for tag in tags]
+    return [_ingredient(tag) for tag in tags]
+
+
+def _ingredient(tag: str) -> Ingredient:
+    return parsed(Ingredient, tag, "The tag `stockpot.ingredient` of a trial")
 
 
 @contextmanager

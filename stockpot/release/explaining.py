@@ -1,6 +1,6 @@
 """A registered version, told to a person, and rebuilt from its ingredients: `stockpot explain` and `stockpot reproduce`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from stockpot.checkpoints import save_weights
 from stockpot.errors import RegistryError
+from stockpot.fields import Closed
 from stockpot.ledger import champions, registry, tracking
+from stockpot.ledger.records import parsed
 from stockpot.models.classifier import build
 from stockpot.models.folders import read_model
 from stockpot.models.loading import load_state
-from stockpot.outcomes import ModelVersion, SoupReport, TrialPoint
+from stockpot.outcomes import GateDecision, ModelVersion, SoupReport, TrialPoint
 from stockpot.release import crowning, releasing
 from stockpot.soup import card, table
 from stockpot.soup.rebuilding import FROM_INIT, rebuild
@@ -27,22 +29,43 @@ NEAR = 1e-3
 """Largest difference of a BatchNorm statistic, as a share of its tensor's largest, that two machines may have."""
 
 
-def explain(name: str) -> str:
-    """Where a version comes from, what was decided on the way, and how to act on it. Raises `RegistryError`, `SweepMissing`.
+class Story(Closed):
+    """What the ledger knows of a version, read once."""
+
+    version: ModelVersion
+    decision: GateDecision | None
+    gone: tuple[str, ...]
+    """Ingredients it has no longer."""
+    report: SoupReport
+
+
+def look_up(name: str) -> Story:
+    """Raises `RegistryError`, `RecordUnreadable`.
 
     name: `digits` (its champion), `digits@previous` or `digits/3`.
     """
     version = registry.resolve(name)
     report = read_report(version)
+    return Story(version=version, decision=registry.read_decision(version), gone=gone(report, sources(report)), report=report)
+
+
+def explain(name: str) -> str:
+    """`tell` of what is looked up by this name."""
+    return tell(look_up(name))
+
+
+def tell(story: Story) -> str:
+    """Where a version comes from, what was decided on the way, and how to act on it. Raises `RegistryError` for changed evidence."""
+    version, report = story.version, story.report
     parts = [
         f"{version.model} version {version.version}{f' is {version.alias}' if version.alias else ' has no alias'}.",
         card.verdict(report),
         _made_of(report),
         "\n".join(["Recipes and yardsticks of the sweep:", table.text(report), *table.notes(report)]),
         "\n".join(["Near misses:", *[f"  {line}" for line in near]]) if (near := card.near_misses(report)) else "",
-        _gate(version),
+        _gate(version, story.decision),
         _history(version),
-        f"Weights: sha256 {version.soup_sha256}. {_rebuildable(version, report)}",
+        f"Weights: sha256 {version.soup_sha256}. {_rebuildable(story)}",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -71,19 +94,18 @@ def reproduce(name: str) -> ModelVersion:
     return version
 
 
-def gone(report: SoupReport, left: Mapping[str, Source] | None = None) -> list[str]:
-    """The ingredients of a soup that the ledger has no longer. left: those it has, where they are known."""
-    left = sources(report) if left is None else left
-    return [trial for trial in dict.fromkeys(report.ingredients) if trial not in left]
+def gone(report: SoupReport, left: Mapping[str, Source]) -> tuple[str, ...]:
+    """The ingredients of a soup that are not among those `left` in the ledger."""
+    return tuple(trial for trial in dict.fromkeys(report.ingredients) if trial not in left)
 
 
-def _rebuildable(version: ModelVersion, report: SoupReport) -> str:
-    if lost := gone(report):
-        return _cannot_be_rebuilt(version, lost)
-    return f"Rebuild and compare them with `stockpot reproduce {version.model}/{version.version}`."
+def _rebuildable(story: Story) -> str:
+    if story.gone:
+        return _cannot_be_rebuilt(story.version, story.gone)
+    return f"Rebuild and compare them with `stockpot reproduce {story.version.model}/{story.version.version}`."
 
 
-def _cannot_be_rebuilt(version: ModelVersion, lost: list[str]) -> str:
+def _cannot_be_rebuilt(version: ModelVersion, lost: Sequence[str]) -> str:
     return (
         f"{version.model} version {version.version} can no longer be rebuilt: of its ingredients {', '.join(lost)} "
         f"{'is' if len(lost) == 1 else 'are'} gone from the ledger, as `stockpot prune` takes those of versions without an alias; the "
@@ -137,13 +159,15 @@ def _another(report: SoupReport, what: str) -> RegistryError:
 
 
 def read_report(version: ModelVersion) -> SoupReport:
-    """The report a version was registered from. Raises `RegistryError` for a version Stockpot did not make, and for a changed record."""
-    return SoupReport.model_validate_json(releasing.read_record(version, "report.json"))
+    """The report a version was registered from. Raises `RegistryError` for a version Stockpot did not make, and for a changed record;
+    `RecordUnreadable`."""
+    return parsed(SoupReport, releasing.read_record(version, "report.json"), f"The report of {version.model} version {version.version}")
 
 
 def _made_of(report: SoupReport) -> str:
     by_id = {point.trial_id: point for point in report.trials}
-    lines = [f"Recipe {report.recipe}, sweep {report.sweep_id}, from init {report.init_digest[:12]}:"]
+    read = f", on snapshot {report.data.snapshot.digest[:12]}" if report.data else ""
+    lines = [f"Recipe {report.recipe}, sweep {report.sweep_id}, from init {report.init_digest[:12]}{read}:"]
     for trial in report.ingredients:
         score = by_id[trial].scores.held_out
         lines.append(f"  {_name(report, by_id[trial])}  held_out {100 * score.value:.2f} % ({score.told}) on its own")
@@ -159,8 +183,8 @@ def _name(report: SoupReport, point: TrialPoint) -> str:
     return f"trial {point.index:3d}  {point.trial_id}" + (f" of sweep {origin}{lender}" if origin else "")
 
 
-def _gate(version: ModelVersion) -> str:
-    decision, judgement = registry.read_decision(version), releasing.read_judgement(version)
+def _gate(version: ModelVersion, decision: GateDecision | None) -> str:
+    judgement = releasing.read_judgement(version)
     if decision is None:
         return "Gate: not judged yet."
     told = crowning.answer(version)

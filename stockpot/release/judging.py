@@ -16,6 +16,7 @@ from stockpot.config import GateSpec
 from stockpot.digests import digest
 from stockpot.errors import RegistryError
 from stockpot.fields import Closed
+from stockpot.ledger.records import parsed
 from stockpot.outcomes import Accuracy, GateDecision, Paired
 from stockpot.preparation import Preparation
 from stockpot.soup.statistics import bootstrap, mcnemar
@@ -102,8 +103,8 @@ def judge(evidence: Evidence) -> GateDecision:
 
 
 def replay(stored: bytes | str) -> Judgement:
-    """Take the verdict again from a stored judgement. Raises `RegistryError` when it is not the recorded one."""
-    judgement = Judgement.model_validate_json(stored)
+    """Take the verdict again from a stored judgement. Raises `RegistryError` when it is not the recorded one, `RecordUnreadable`."""
+    judgement = parsed(Judgement, stored, "The gate's evidence")
     again = judge(judgement.evidence)
     if again != judgement.decision:
         raise RegistryError(

@@ -35,8 +35,8 @@ class Plan(Closed):
 
     removable: tuple[Removable, ...]
     stored: int
-    forgets: tuple[int, ...] = ()
-    """Versions that can be rebuilt from their ingredients now, and could not be any more."""
+    forgets: tuple[str, ...] = ()
+    """Versions that lose an ingredient, of other models too, as `explain` takes them: `digits/3`. They could not be rebuilt any more."""
 
     @property
     def size(self) -> int:
@@ -48,16 +48,17 @@ def plan_removal(model: str, keep_top: int = 8, min_age_h: float = 24.0) -> Plan
     """What nothing needs. Reads only. Raises `SweepMissing` for a model without sweeps, `ServerUnreachable`."""
     everything = stored.stored_models(model)  # before the sweeps are read: what begins after this line is not in it
     trials, soups = _needed(model, keep_top)
+    versions = registry.list_versions()  # of other models too: they may have borrowed; and after the sweeps, to miss none of their soups
+    trials |= {name for version in versions if version.aliases for name in version.ingredients}
     youngest = datetime.now(UTC) - timedelta(hours=min_age_h)
-    found = [
-        Removable(model_id=one.model_id, kind=one.kind, about=one.about, size=stored.stored_bytes(one.model_id))
-        for one in everything
-        if one.made <= youngest and one.ingredient_id not in trials and one.model_id not in soups
-    ]
-    left = {one.ingredient_id for one in everything if one.whole}
-    taken = {one.ingredient_id for one in everything if one.model_id in {some.model_id for some in found}}
-    forgets = [number for number, parts in registry.ingredients_by_version(model).items() if left.issuperset(parts) and taken & {*parts}]
-    return Plan(removable=tuple(sorted(found, key=lambda one: -one.size)), stored=len(everything), forgets=tuple(sorted(forgets)))
+    found = [one for one in everything if one.made <= youngest and one.ingredient_id not in trials and one.model_id not in soups]
+    taken = {one.ingredient_id for one in found}
+    removable = [Removable(model_id=one.model_id, kind=one.kind, about=one.about, size=stored.stored_bytes(one.model_id)) for one in found]
+    return Plan(
+        removable=tuple(sorted(removable, key=lambda one: -one.size)),
+        stored=len(everything),
+        forgets=tuple(f"{version.model}/{version.version}" for version in versions if taken & {*version.ingredients}),
+    )
 
 
 def remove(plan: Plan) -> None:
@@ -83,7 +84,7 @@ def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
     if not sweeps:
         raise SweepMissing(f"The ledger has no sweep of {model}, so nothing of it is stored; `stockpot status` lists the sweeps it has.")
     for summary in sweeps:
-        sweep, report = tracking.read_sweep(summary.sweep_id), tracking.read_report(summary.sweep_id)
+        sweep, report = tracking.sweep_on(summary.mlflow_run_id), tracking.read_report(summary.sweep_id)
         finished = tracking.find_ingredients(sweep)
         cooked = set() if report is None else {point.trial_id for point in report.trials} | set(report.excluded)
         registered = report is not None and registry.find_version(model, report.soup_sha256) is not None
@@ -94,10 +95,6 @@ def _needed(model: str, keep_top: int) -> tuple[set[str], set[str]]:
             soups.add(report.model_id)
         best = sorted(finished, key=lambda one: (-one.held_out.correct, one.trial_id))
         trials |= {one.trial_id for one in best[:keep_top]}
-    for version in registry.list_versions():  # of other models too: they may have borrowed
-        if version.aliases:
-            tags = registry.read_tags(registry.read_version(version.model, version.version))
-            trials |= set(tags.get("stockpot.ingredients", "").split(","))
     return trials | _lendable(model), soups
 
 

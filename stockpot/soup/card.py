@@ -143,6 +143,7 @@ def identity(report: SoupReport) -> dict[str, str]:
     champion = report.champion
     facts = {
         "weights sha256": report.soup_sha256,
+        "snapshot": f"{report.data.snapshot.digest} ({report.data.snapshot.uri})" if report.data else "",
         "init": report.init_digest,
         "evaluation transform": report.transform_digest,
         "sweep": report.sweep_id,

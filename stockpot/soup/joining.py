@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stockpot.config import Sweep
 from stockpot.data.snapshots import open_snapshot
-from stockpot.errors import IngredientMismatch, ModelError, RegistryError, SweepMissing
+from stockpot.errors import IngredientMismatch, ModelError, RecordUnreadable, RegistryError, SweepMissing
 from stockpot.evaluation import accuracy
 from stockpot.ledger import registry, tracking
 from stockpot.outcomes import Ingredient, ModelVersion
@@ -60,11 +60,12 @@ def _examine(version: ModelVersion, origin: str, pool: Pool, kitchen: Kitchen, s
         raise IngredientMismatch("It is this sweep's own soup, whose ingredients are in the pool already.")
     require_init(init, sweep.init)
     _require_other_samples(sweep, origin)
+    stored = registry.find_soup(version.model, version.soup_sha256)
+    # The last question to the ledger: were it to go away later, the open file would keep its room on the disk.
     weights, config = open_model(registry.fetch_soup(version.model, version.soup_sha256, folder), version.soup_sha256)
     require_alike(weights, config, pool.start, pool.config)
     seen = kitchen.splits["held_out"]
     logits_NC = kitchen.logits(Dish((version.soup_sha256,), partial(average, [weights])), "held_out")
-    stored = registry.find_soup(version.model, version.soup_sha256)
     assert stored
     ingredient = Ingredient(
         trial_id=version.ingredient_id,
@@ -86,6 +87,8 @@ def _require_other_samples(sweep: Sweep, origin: str) -> None:
         theirs = tracking.read_sweep(origin).data.snapshot
     except SweepMissing as error:
         raise IngredientMismatch(f"It is of sweep {origin}, which is gone, so nobody knows what it was trained on.") from error
+    except RecordUnreadable as error:
+        raise IngredientMismatch(f"It is of sweep {origin}. {error}") from error
     if theirs == sweep.data.snapshot:
         return
     rule = open_snapshot(sweep.data.snapshot).manifest.rule  # None: the splits were given by name, so any sample may have moved

@@ -33,11 +33,11 @@ class ScoreCache:
         return short(parts if self.metric == "accuracy" else [*parts, self.metric])
 
     def get(self, key: str, need: int) -> Verdict | None:
-        """A stored verdict that answers whether `need` correct answers are reached; None when there is none."""
-        path = self.folder / f"{key}.json"
-        if not path.exists():
+        """A stored verdict that answers whether `need` correct answers are reached; None where none is whole."""
+        try:
+            stored = json.loads((self.folder / f"{key}.json").read_text())
+        except (FileNotFoundError, ValueError):
             return None
-        stored = json.loads(path.read_text())
         verdict = Verdict(Accuracy(correct=stored["correct"], seen=stored["seen"], other=stored.get("other")), stored["examined"])
         exact = verdict.examined == verdict.accuracy.seen
         return verdict if exact or verdict.accuracy.correct < need else None

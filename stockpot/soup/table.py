@@ -1,5 +1,5 @@
 """The one table of a sweep: every recipe and yardstick a row, with what it scored, how it is calibrated and what it cost. Card, page, the
-artifact `comparison.csv` and `stockpot explain` show the same cells.
+artifact `comparison.csv`, Prefect and `stockpot explain` show the same cells; `stockpot status` and the demo those of the scores.
 """
 
 import csv
@@ -12,9 +12,15 @@ from stockpot.outcomes import Accuracy, Scores, SoupReport
 Shown = Callable[[Accuracy | None], str]
 """How a score is written."""
 
+ECE = "ECE, %"
+"""Title of the first column behind the scores."""
+
 NOTES = (
     "held_out was selected on, gate decides promotion, test and shift suites are only read; mean shift is the plain mean of the suites.",
-    "ECE is the expected calibration error on gate, tempered after dividing logits by the one temperature that held_out asks for.",
+    (
+        "ECE is the expected calibration error on gate, tempered after dividing logits by the one temperature that held_out asks for; of "
+        "learned mixing, the part of held_out that it was not fitted on."
+    ),
     (
         "Evaluations (forward passes of one sample) and seconds are of making and scoring it; passes whose scores were cached are left "
         "out, so a second cook, or a recipe that shares soups with one above it, shows less than it would cost alone."
@@ -45,7 +51,7 @@ def notes(report: SoupReport) -> list[str]:
 def head(report: SoupReport) -> list[str]:
     """Titles, the first of the names."""
     splits = ["held_out", "gate", "test", *_suites(report), "mean shift"]
-    return [f"{METRICS[report.metric]}, %", *splits, "ECE, %", "tempered, %", "evaluations", "seconds", "peak memory, GB"]
+    return [f"{METRICS[report.metric]}, %", *splits, ECE, "tempered, %", "evaluations", "seconds", "peak memory, GB"]
 
 
 def rows(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
@@ -56,12 +62,21 @@ def rows(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
     ]
 
 
+def asked(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
+    """Head and rows, without columns that are empty throughout."""
+    return _filled([head(report), *rows(report, shown)])
+
+
+def scores(report: SoupReport) -> list[list[str]]:
+    """The same of the scores alone."""
+    end = head(report).index(ECE)
+    return _filled([line[:end] for line in (head(report), *rows(report))])
+
+
 def text(report: SoupReport) -> str:
     """The table in columns of spaces, without those that are empty throughout."""
-    lines = [head(report), *rows(report)]
-    asked = [place for place in range(len(lines[0])) if any(line[place] for line in lines[1:])]
-    lines = [[line[place] for place in asked] for line in lines]
-    wide = [max(len(line[place]) for line in lines) for place in range(len(asked))]
+    lines = asked(report)
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]).rstrip() for line in lines)
 
 
@@ -70,6 +85,11 @@ def as_csv(report: SoupReport) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([head(report), *rows(report)])
     return file.getvalue()
+
+
+def _filled(lines: list[list[str]]) -> list[list[str]]:
+    kept = [place for place in range(len(lines[0])) if any(line[place] for line in lines[1:])]
+    return [[line[place] for place in kept] for line in lines]
 
 
 def _name(recipe: str) -> str:

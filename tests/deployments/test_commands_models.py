@@ -154,10 +154,10 @@ def test_pruning_keeps_what_is_needed_and_names_what_it_forgets(run, refused, mo
     assert {one["about"] for one in dry["removable"]} == {trial.id for trial in sweep.trials} - needed
     assert (dry["applied"], dry["bytes"]) == (False, sum(one["size"] for one in dry["removable"]))
     parts = {3: set(report.ingredients), 4: set(mean.ingredients)}
-    assert dry["forgets"] == [number for number, made_of in parts.items() if made_of - needed]
-    assert 4 in dry["forgets"]
+    assert sorted(dry["forgets"]) == [f"{model}/{number}" for number, made_of in parts.items() if made_of - needed]
+    assert f"{model}/4" in dry["forgets"]
     text = run("prune", model, "--keep-top", 0, "--min-age-h", 0)
-    assert f"{model} version 4 could then no longer be rebuilt from its ingredients; it serves as before." in text
+    assert f"{model}/4 could then no longer be rebuilt from its ingredients; it serves as before." in text
     assert f"Would delete 2 of {model}'s 9 stored weights and free {dry['bytes']:,} bytes; add --apply to do it." in text
     assert f"Deleted 2 of {model}'s 9 stored weights and freed {dry['bytes']:,} bytes." in run(
         "prune", model, "--keep-top", 0, "--min-age-h", 0, "--apply"

@@ -32,6 +32,8 @@ from deployments.tables import sweep_document, sweep_text
 from stockpot.errors import StockpotError
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
+from stockpot.soup import table
+from tasks.showing import percent
 from tests.waiting import until
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
@@ -102,6 +104,8 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
     ):
         assert key in shown
     assert shown[f"sweep-{sweep_id}-progress"]["data"] == 100
+    head, *rows = table.asked(report, percent)
+    assert json.loads(shown[f"soup-{sweep_id}-scores"]["data"]) == [dict(zip(head, row, strict=True)) for row in rows]
 
     for number, (png, label) in enumerate(pictures(10)):
         (tmp_path / f"{number:03d}-{label}.png").write_bytes(png)

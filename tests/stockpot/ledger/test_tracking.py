@@ -1,5 +1,6 @@
 """Guards: the ledger finds a finished trial whatever sweep asks, a failed one says why, and a dead server is a sentence, not a stall."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from mlflow.tracking._tracking_service import client as mlflow_client
 from safetensors.torch import save_file
 
 from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, Sweep, SweepSpec
-from stockpot.errors import IngredientMismatch, RegistryError, ServerUnreachable, SweepMissing, TrialFailed
+from stockpot.errors import IngredientMismatch, RecordUnreadable, RegistryError, ServerUnreachable, SweepMissing, TrialFailed
 from stockpot.ledger import tracking, trial_log
 from stockpot.ledger.connection import client, experiment, find_run, of_kind, search_runs
 from stockpot.ledger.recording import Made
+from stockpot.ledger.records import parsed
 from stockpot.ledger.stored import delete_stored
 from stockpot.ledger.trial_log import TrialLog, replay_metrics
 from stockpot.outcomes import Accuracy, Ingredient
@@ -73,6 +75,18 @@ def test_a_sweep_is_read_back_as_it_was_planned_and_opened_once(sweep: Sweep) ->
     tracking.close_sweep(sweep.id, "FINISHED", {"finished": 2, "failed": 0})
     summary = tracking.list_sweeps(sweep.request.model)
     assert [(one.sweep_id, one.status, one.trials, one.finished) for one in summary] == [(sweep.id, "FINISHED", 2, 2)]
+
+
+def test_what_an_earlier_stockpot_wrote_by_other_rules_is_refused_in_a_sentence(sweep: Sweep) -> None:
+    old = sweep.model_dump(mode="json")
+    old["request"]["soup"]["mixing"]["share"] = 1.0  # as was once allowed
+    client().log_text(tracking.open_sweep(sweep), json.dumps(old), "sweep.json")
+    why = r"another Stockpot, and this one cannot read it \(`request\.soup\.mixing\.share`: Input should be less than 1\); read it with"
+    with pytest.raises(RecordUnreadable, match=f"^`sweep.json` of MLflow run .* {why}"):
+        tracking.read_sweep(sweep.id)
+    for text, place in (("{}", "`trial_id`: Field required"), ("{", "`JSON`: Invalid JSON")):
+        with pytest.raises(RecordUnreadable, match=place):
+            parsed(Ingredient, text, "It")
 
 
 def test_an_unknown_sweep_is_missing_by_name(ledger: str) -> None:

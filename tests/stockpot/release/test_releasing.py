@@ -15,7 +15,7 @@ import pytest
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.digests import digest
 from stockpot.errors import RegistryError
-from stockpot.ledger import champions, registry
+from stockpot.ledger import champions, packaging, registry
 from stockpot.ledger.connection import client
 from stockpot.ledger.limits import DESCRIPTION
 from stockpot.ledger.stored import delete_stored
@@ -118,6 +118,17 @@ def test_a_version_whose_bytes_changed_gets_no_alias(ground: Ground, model: str,
     report = cooked(ground, model, tmp_path, 1)
     with pytest.raises(RegistryError, match="sha256"):
         releasing.register(report.model_copy(update={"soup_sha256": "0" * 64}))
+    assert registry.alias_version(model, "champion") is None
+
+
+def test_a_version_that_does_not_answer_as_a_service_would_ask_gets_no_alias(
+    ground: Ground, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "served_model.py"
+    broken.write_text(packaging.SERVED_FILE.read_text().replace("        answers = []\n", '        raise ValueError("no answer")\n', 1))
+    monkeypatch.setattr(packaging, "SERVED_FILE", broken)
+    with pytest.raises(RegistryError, match=r"does not answer when loaded as a service loads it \(.*no answer\); it gets no alias"):
+        released(cooked(ground, model, tmp_path, 1))
     assert registry.alias_version(model, "champion") is None
 
 

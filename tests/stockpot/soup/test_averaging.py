@@ -167,6 +167,13 @@ def test_tied_tensors_are_averaged_once_and_tied_again(tmp_path: Path) -> None:
     assert torch.equal(found["a"], torch.full((3,), 0.5))
 
 
+def test_files_that_tie_other_tensors_are_strangers(tmp_path: Path) -> None:
+    one, other = torch.arange(3.0), torch.ones(3)
+    files = stored(tmp_path, [{"a": one, "c": other, "tail": tied} for tied in (one, other)])
+    with pytest.raises(IngredientMismatch, match=r"it ties {'tail': 'c'}, the other {'tail': 'a'}"):
+        average(files)
+
+
 def test_a_soup_of_one_is_that_model_to_the_byte(tmp_path: Path) -> None:
     (state,) = random_states(4, 1)
     sha256 = save_weights(tmp_path / "one.safetensors", state)

@@ -18,7 +18,7 @@ from stockpot.data.snapshots import open_snapshot, shared_samples
 from stockpot.data.splits import SplitSpec
 from stockpot.errors import BadRequest, IngredientMismatch
 from stockpot.evaluation import accuracy, logits
-from stockpot.ledger import tracking
+from stockpot.ledger import registry, tracking
 from stockpot.models.classifier import ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Borrowed
@@ -207,6 +207,10 @@ def test_two_datasets_are_trained_apart_and_souped_told_rebuilt_and_kept(ground:
     assert f"of sweep {theirs.id} of {names[0]}" in explain(names[1])
     assert reproduce(names[1]).soup_sha256 == report.soup_sha256
     assert doomed(names[0]) == set(), "mine is made of them"
+    assert plan_removal(names[0], keep_top=0, min_age_h=0).forgets == ()
+    registry.set_alias(names[1], "champion", None)
+    assert doomed(names[0]) == lent, "and as a version without an alias it serves without them"
+    assert plan_removal(names[0], keep_top=0, min_age_h=0).forgets == tuple(f"{name}/1" for name in sorted(names))
 
     name = min(lent)
     ingredient = tracking.find_ingredient(names[0], name)

@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 
 from stockpot.config import GateSpec, SoupSpec
+from stockpot.errors import ServerUnreachable
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import ModelVersion, SoupReport
@@ -51,11 +52,14 @@ def test_a_champion_is_scored_here_or_left_out_with_its_reason(ground: Ground, c
     sweep = tiny_sweep(ground, champion.model, 1, WITH_CHAMPION)
     pool = gather(finish_trials(ground, sweep, tmp_path / "trial", noise=0.2), sweep.init, tmp_path / "pool")
     kitchen, tags = Kitchen(sweep, pool), registry.read_tags(champion)
+    unreadable = tiny_sweep(ground, f"unreadable-{uuid4().hex[:8]}", 1)
+    client().log_text(tracking.open_sweep(unreadable), "{}", "sweep.json")
     changes = {
         "It started from init ffffffffffff": {"stockpot.init": "f" * 64},
         "It was not made by Stockpot": {"stockpot.init": ""},
         "It is this sweep's own soup": {"stockpot.sweep": sweep.id},
         "It is of sweep gone, which is gone": {"stockpot.sweep": "gone"},
+        f"It is of sweep {unreadable.id}. `sweep.json` of MLflow run": {"stockpot.sweep": unreadable.id},
     }
     for told, change in changes.items():
         for tag, value in change.items():
@@ -72,6 +76,27 @@ def test_a_champion_is_scored_here_or_left_out_with_its_reason(ground: Ground, c
     assert (found.held_out, found.weights_sha256) == (last_week.scores["uniform"].held_out, champion.soup_sha256)
     nobody = sweep.model_copy(update={"request": sweep.request.model_copy(update={"model": f"nobody-{uuid4().hex[:8]}"})})
     assert with_champion(pool, kitchen, nobody, tmp_path / "nobody") == pool
+
+
+def test_a_ledger_that_goes_away_leaves_no_champions_file_open(
+    ground: Ground, champion: ModelVersion, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tiny_sweep(ground, champion.model, 1, WITH_CHAMPION, settings=TrialSettings(seed=8))
+    pool = gather(finish_trials(ground, sweep, tmp_path / "trial"), sweep.init, tmp_path / "pool")
+    kitchen, find, asked = Kitchen(sweep, pool), registry.find_soup, []
+
+    def away_when_asked_again(*given: str) -> object:
+        asked.append(given)
+        if len(asked) > 1:
+            raise ServerUnreachable("gone")
+        return find(*given)
+
+    monkeypatch.setattr(registry, "find_soup", away_when_asked_again)
+    with pytest.raises(ServerUnreachable):
+        with_champion(pool, kitchen, sweep, tmp_path / "champion")
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [link for link in links if link.is_relative_to(tmp_path / "champion")] == []
+    pool.close()
 
 
 @pytest.mark.slow

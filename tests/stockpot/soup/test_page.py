@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from deployments.tables import comparison
 from stockpot.config import RetrainRequest, Sweep
 from stockpot.outcomes import Accuracy, AlphaPoint, Calibration, ClassChange, Cost, GreedyStep, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, page, picture, table
@@ -90,6 +91,14 @@ def test_card_page_csv_and_text_show_one_table_that_says_what_was_not_measured(s
     assert all(note in written for written in (card.write(one), page.write(one, sweep)) for note in table.notes(one))
     assert "There are: greedy 91 of 100, learned 90 of 100." in card.write(one)
     assert "tempered" not in table.text(report(sweep, True, True)), "what nobody measured has no column for a reader"
+    plain = report(sweep, False, False)
+    assert (
+        table.asked(plain)
+        == table.scores(plain)
+        == [["accuracy, %", "held_out", "gate"], *[[row[0], "95.00", "90.00"] for row in table.rows(plain)]]
+    )
+    assert [line[-1] for line in table.scores(one)] == ["mean shift", *["60.00"] * 3]
+    assert all(cell in comparison(one) for line in table.scores(one) for cell in line)
 
 
 def test_the_card_names_near_misses_better_recipes_duplicates_and_midpoints(sweep: Sweep) -> None:

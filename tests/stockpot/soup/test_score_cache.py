@@ -28,6 +28,12 @@ def test_a_bound_answers_only_that_more_is_not_reached(cache: ScoreCache) -> Non
     assert cache.get("k", 7) is None
 
 
+def test_a_score_that_a_crash_of_the_node_left_empty_is_none(cache: ScoreCache) -> None:
+    cache.put("k", Verdict(Accuracy(correct=7, seen=10), 10))
+    (cache.folder / "k.json").write_text("")
+    assert cache.get("k", 0) is None
+
+
 def test_the_key_knows_multiplicity_split_transform_and_device_but_no_order(cache: ScoreCache) -> None:
     key = cache.key(["a", "b"], "s", "held_out", "t")
     assert key == cache.key(["b", "a"], "s", "held_out", "t")

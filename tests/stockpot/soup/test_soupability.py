@@ -21,7 +21,7 @@ from stockpot.ledger.connection import client
 from stockpot.models.classifier import ModelConfig
 from stockpot.outcomes import Ingredient
 from stockpot.settings import TrialSettings
-from stockpot.soup.soupability import gather
+from stockpot.soup.soupability import check_accuracy, gather
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import NORM, Ground, finish_trial, finish_trials, on_ground, tiny_sweep
 
@@ -120,6 +120,13 @@ def test_every_broken_ingredient_is_named_counted_and_left_out(ground: Ground, l
     assert set(pool.candidates) == {one.trial_id for one in whole}
     assert pool.excluded.keys() == told.keys() - set(lost)
     assert [trial for trial, reason in pool.excluded.items() if told[trial] not in reason] == []
+    one = pool.candidates[whole[0].trial_id]
+    labels_N, digest = load_weights(tmp_path / "trial-9" / "held_out.safetensors")["labels"].numpy(), one.ingredient.transform_digest
+    assert check_accuracy(one, labels_N, digest) is None
+    assert "scored on images prepared another way" in str(check_accuracy(one, labels_N, "another"))
+    assert f"It has {len(labels_N)} held-out logits, the split has {len(labels_N) - 1}" in str(check_accuracy(one, labels_N[1:], digest))
+    mute = replace(one, logits=one.logits.index_fill(0, torch.tensor([3, 5]), float("nan")))
+    assert f"It has no answer to 2 of {len(labels_N)}" in str(check_accuracy(mute, labels_N, digest))
     with pytest.raises(TooFewIngredients, match="Found 2 ingredients of the sweep that are fit for a soup, 3 are needed") as refused:
         replace(pool, minimum=3).without({})
     assert [trial for trial in pool.excluded if trial not in str(refused.value)] == []

@@ -1,6 +1,7 @@
 """Guards: a sweep is cooked once, from what is fit, and everything about it can be read back from the ledger."""
 
 import csv
+import json
 import re
 from pathlib import Path
 from uuid import uuid4
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from stockpot.checkpoints import load_weights, save_weights
-from stockpot.config import MixingSpec, SoupSpec, Sweep
+from stockpot.config import MixingSpec, PinnedSnapshot, SoupSpec, Sweep
 from stockpot.data import images
 from stockpot.data.images import decode
 from stockpot.data.shards import pixels
@@ -17,22 +18,27 @@ from stockpot.data.snapshots import open_snapshot
 from stockpot.data.splits import point
 from stockpot.digests import canonical, file_digest
 from stockpot.errors import BadRequest, SweepMissing, TooFewIngredients
-from stockpot.evaluation import accuracy
+from stockpot.evaluation import accuracy, logits, right
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client, fetch_file
-from stockpot.models.classifier import Classifier
+from stockpot.models.classifier import Classifier, build
 from stockpot.models.folders import fingerprint, write_model
-from stockpot.outcomes import Accuracy, SoupReport
+from stockpot.models.loading import load_state
+from stockpot.outcomes import Accuracy, GreedyStep, Scores, SoupReport
 from stockpot.release.explaining import reproduce
 from stockpot.release.releasing import register
 from stockpot.settings import TrialSettings
 from stockpot.soup import table
+from stockpot.soup.dishes import on_line, stock
 from stockpot.soup.kitchen import Kitchen
+from stockpot.soup.recipes.ensemble import greedy_ensemble
+from stockpot.soup.recipes.greedy import ranked, shuffled
+from stockpot.soup.recipes.interpolation import ALPHAS
 from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.soup.soupability import gather
 from stockpot.soup.souping import _greedy, cook
-from stockpot.soup.statistics import calibration_error
+from stockpot.soup.statistics import calibration_error, temperature
 from tests import tiny_sweep as tiny_sweep_module
 from tests.tiny_sweep import Ground, finish_trial, finish_trials, tiny_sweep
 
@@ -57,8 +63,25 @@ def test_a_sweep_is_cooked_recorded_and_not_cooked_again(ground: Ground, sweep: 
     )
     assert report.scores["greedy"].held_out == [step.after for step in report.steps if step.kept][-1]
     assert [step.trial_id for step in report.steps] == sorted((one.trial_id for one in singles), key=rank_of(singles))
-    assert set(report.scores["uniform"].shifts) == {"noisy"}
     assert len(report.trials) == 5
+    (best,) = [point for point in report.trials if point.trial_id == report.best_single]
+    model = build(ground.config)
+    load_state(model, load_weights(tmp_path / f"trial-{best.index}" / "model.safetensors"))
+
+    def own(snapshot: PinnedSnapshot, split: str = "test") -> Accuracy:
+        seen = pixels(open_snapshot(snapshot), split, ground.config.preprocess)
+        return accuracy(logits(model, seen.images, ground.config.preprocess), seen.labels)
+
+    data = sweep.data
+    assert data.test
+    assert report.scores["best_single"] == Scores(
+        held_out=own(data.snapshot, "held_out"),
+        gate=own(data.snapshot, "gate"),
+        test=own(data.test),
+        shifts={"noisy": own(data.shifts["noisy"])},
+    )
+    assert best.scores.shifts == report.scores["best_single"].shifts
+    assert {point.trial_id for point in report.trials if point.kept} == {*report.ingredients}
     assert tracking.read_report(sweep.id) == report
     assert "flow-7" in client().get_run(report.mlflow_run_id).data.tags.values()
     again: list[str] = []
@@ -91,7 +114,7 @@ def rank_of(singles: list) -> object:
 
 
 def test_the_run_holds_card_picture_gate_logits_and_the_soup(ground: Ground, sweep: Sweep, tmp_path: Path) -> None:
-    finish_trials(ground, sweep, tmp_path)
+    singles = finish_trials(ground, sweep, tmp_path)
     report = cook(sweep.id, say=quiet)
     assert client().get_run(report.mlflow_run_id).data.tags["mlflow.parentRunId"] == tracking.open_sweep(sweep)
     assert tracking.read_picture(report).startswith(b"\x89PNG")
@@ -99,12 +122,24 @@ def test_the_run_holds_card_picture_gate_logits_and_the_soup(ground: Ground, swe
     assert report.soup_sha256[:12] in tracking.read_text(report.mlflow_run_id, "report.html")
     logits = load_weights(fetch_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path))
     assert {name: len(tensor) for name, tensor in logits.items()} == dict.fromkeys(("labels", "best_single", "uniform", "greedy"), 30)
+    hits = {name: right(logits[name], logits["labels"]) for name in ("best_single", "greedy")}
+    for label, told in enumerate(report.classes):
+        of_class = logits["labels"] == label
+        assert (told.seen, told.single, told.soup) == tuple(map(int, (of_class.sum(), *[(of_class & one).sum() for one in hits.values()])))
     folder = tmp_path / "model"
     from mlflow.artifacts import download_artifacts
 
     download_artifacts(artifact_uri=f"models:/{report.model_id}", dst_path=str(folder))
     (weights,) = folder.rglob("model.safetensors")
     assert file_digest(weights) == report.soup_sha256
+    manifest, card = (json.loads((weights.parent / "recipe.json").read_bytes()), tracking.read_text(report.mlflow_run_id, "card.md"))
+    assert manifest["ingredients"] == {one.trial_id: one.weights_sha256 for one in singles if one.trial_id in report.ingredients}
+    assert (manifest["order"], manifest["dtype"]) == ([*report.ingredients], "float32")
+    assert manifest["versions"].keys() >= {"stockpot", "python", "torch", "averaging"}
+    digests = {"soup_sha256": report.soup_sha256, "snapshot_digest": sweep.data.snapshot.digest, "init_digest": sweep.init.digest,
+               "transform_digest": singles[0].transform_digest}  # fmt: skip
+    assert digests.items() <= manifest.items()
+    assert all(f"`{told}" in card for told in digests.values())
 
 
 def test_one_trial_ships_as_a_soup_of_one_and_the_card_says_so(ground: Ground, sweep: Sweep, tmp_path: Path) -> None:
@@ -191,7 +226,9 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
     assert set(report.scores) == set(report.calibration) == set(report.costs), "and each with its calibration and its cost"
     logits = load_weights(fetch_file(report.mlflow_run_id, "gate_logits.safetensors", tmp_path))
     for name in ("best_single", "uniform", "greedy"):
-        assert report.calibration[name].before == calibration_error(logits[name], logits["labels"])
+        found = report.calibration[name]
+        told = [calibration_error(logits[name] / by, logits["labels"]) for by in (1, found.temperature)]
+        assert [found.before, found.after] == told
     shown = list(csv.reader(tracking.read_text(report.mlflow_run_id, "comparison.csv").splitlines()))
     assert shown == [table.head(report), *table.rows(report)]
     assert all(all(row) for row in shown[1:]), "no cell is empty"
@@ -206,6 +243,11 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
     held_out = pixels(open_snapshot(sweep.data.snapshot), "held_out", ground.config.preprocess)
     rest_N = torch.tensor([point(key, "stockpot/mixing") >= 0.5 * 2**64 for key in held_out.keys])
     best = load_weights(tmp_path / f"trial-{[trial.id for trial in sweep.trials].index(report.best_single)}" / "held_out.safetensors")
+    singles = {
+        trial.id: load_weights(tmp_path / f"trial-{index}" / "held_out.safetensors")["logits"] for index, trial in enumerate(sweep.trials)
+    }
+    for name, some in (("ensemble", [*singles]), ("greedy_ensemble", greedy_ensemble(singles, torch.as_tensor(held_out.labels)))):
+        assert report.scores[name].held_out == accuracy(torch.stack([singles[trial] for trial in some]).mean(0), held_out.labels)
     assert report.unfitted["best_single"] == accuracy(best["logits"][rest_N], held_out.labels[rest_N.numpy()])
     assert set(report.unfitted) == {"best_single", "uniform", "greedy", "learned", "learned_by_layer"}
     assert {one.seen for one in report.unfitted.values()} == {int(rest_N.sum())} != {len(held_out.labels)}
@@ -228,7 +270,15 @@ def test_a_learned_mixture_ships_with_its_shares_and_can_be_made_again(ground: G
         for one in tracking.find_ingredients(sweep)
         if one.trial_id == trial
     ]
-    assert save_weights(tmp_path / "again.safetensors", mixture(files, report.shares)) == report.soup_sha256
+    again = mixture(files, report.shares)
+    assert save_weights(tmp_path / "again.safetensors", again) == report.soup_sha256
+
+    model, held_out = build(ground.config), pixels(open_snapshot(sweep.data.snapshot), "held_out", ground.config.preprocess)
+    load_state(model, again)
+    unseen_N = torch.tensor([point(key, "stockpot/mixing") >= 0.5 * 2**64 for key in held_out.keys])
+    told_NC, labels_N = logits(model, held_out.images, ground.config.preprocess), torch.as_tensor(held_out.labels)
+    alone, whole = temperature(told_NC[unseen_N], labels_N[unseen_N]), temperature(told_NC, labels_N)
+    assert report.calibration["learned_by_layer"].temperature == pytest.approx(alone, rel=1e-3) != pytest.approx(whole, rel=1e-3)
 
 
 def test_learned_mixing_needs_samples_to_fit_on_and_samples_to_be_scored_on(ground: Ground, ledger: str, tmp_path: Path) -> None:
@@ -247,7 +297,8 @@ def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from
         old[0].model_id, {"stockpot.ingredient": old[0].model_copy(update={"held_out": Accuracy(correct=7, seen=7)}).model_dump_json()}
     )
     sweep = tiny_sweep(ground, model, trials=2, soup=SoupSpec(recipe="uniform", earlier=2, compare=("marginal",)))
-    finish_trials(ground, sweep, tmp_path / "new", noise=0.2)
+    for new in finish_trials(ground, sweep, tmp_path / "new", noise=0.2):
+        client().set_logged_model_tags(new.model_id, {"stockpot.ingredient": new.model_copy(update={"gpus": 2}).model_dump_json()})
     report = cook(sweep.id, say=quiet)
     assert len(report.origins) == 2
     assert set(report.origins.values()) == {before.id}
@@ -255,6 +306,7 @@ def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from
     assert set(report.ingredients) == {trial.id for trial in sweep.trials} | set(report.origins)
     assert next(point.scores.held_out for point in report.trials if point.trial_id == old[0].trial_id) == old[0].held_out
     assert [point.trials for point in report.marginal] == [1, 2]
+    assert [point.accelerator_hours for point in report.marginal] == [2 / 3600, 4 / 3600], "each trial took two GPUs a second"
     card = tracking.read_text(report.mlflow_run_id, "card.md")
     assert f"{old[0].trial_id} ({before.id})" in card
     assert f"torch {report.versions['torch']}" in card
@@ -288,7 +340,9 @@ def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
     ground: Ground, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=4)
-    pool = gather(finish_trials(ground, sweep, tmp_path), sweep.init, tmp_path / "pool")
+    best, *others = sorted(finish_trials(ground, sweep, tmp_path, only=[0, 1, 2]), key=lambda one: -one.held_out.correct)
+    twin = finish_trial(ground, sweep, 3, tmp_path, state=load_weights(tmp_path / f"trial-{best.index}" / "model.safetensors"))
+    pool = gather([best, *others, twin], sweep.init, tmp_path / "pool")
     singles = {trial: one.ingredient.held_out for trial, one in pool.candidates.items()}
     decoded: list[bytes] = []
     monkeypatch.setattr(images, "decode", lambda data: (decoded.append(data), decode(data))[1])
@@ -307,3 +361,25 @@ def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
         assert len(decoded) == sum(len(split.labels) for split in kitchen.splits.values()) == 150
     assert found[0] == found[1]
     assert used[0] == used[1] == sum(step.examined for step in found[0][1:])
+
+    def asked(**options: object) -> list[GreedyStep]:
+        request = sweep.request.model_copy(update={"soup": SoupSpec.model_validate(options)})
+        return _greedy(sweep.model_copy(update={"request": request}), singles, kitchen, quiet)
+
+    assert [step.trial_id for step in asked(visit_seed=3)] == shuffled(singles, 3) != ranked(singles)
+    assert [step.kept for step in found[0][:2]] == [True, False], "the same model again is no better"
+    assert [step.kept for step in asked(accept="not_worse")[:2]] == [True, True], "and no worse"
+    monkeypatch.setattr(kitchen, "by_averaged_logits", lambda _soup, left: sorted(left, reverse=True))
+    first, *rest = ranked(singles)
+    assert [step.trial_id for step in asked(order="averaged_logits", budget=2)] == [first, *sorted(rest, reverse=True)[:2]]
+    assert len(asked(accept="not_worse", passes=2, replacement=True)) == 4 + 4
+
+    trials, lines = list(singles), [on_line(kitchen, sweep.init, list(singles), alpha) for alpha in ALPHAS]
+    others = [
+        kitchen.soup(trials[:2]),
+        kitchen.soup([*trials, trials[0]]),
+        stock(kitchen, sweep.init),
+        on_line(kitchen, sweep.init, trials[:2], 0.2),
+    ]
+    assert lines[-1].identity == kitchen.soup(trials).identity
+    assert len({dish.identity for dish in [*lines, *others]}) == len(ALPHAS) + 4, "a score is kept under all that decides it"
