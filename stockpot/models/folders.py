@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from stockpot.checkpoints import load_weights, save_weights
@@ -67,7 +67,10 @@ def check_fingerprint(model: Classifier, folder: Path) -> None:
     file = folder / "fingerprint.json"
     if not file.exists():
         raise ModelError("The stored model has no fingerprint.json, so nobody can tell whether it computes what it did; store it again.")
-    stored, found = Fingerprint.model_validate_json(file.read_bytes()), fingerprint(model)
+    try:
+        stored, found = Fingerprint.model_validate_json(file.read_bytes()), fingerprint(model)
+    except ValidationError as error:
+        raise ModelError("The stored model's fingerprint.json cannot be read, so nobody can tell what it computed; restore it.") from error
     if stored.inputs != found.inputs:
         raise ModelError(
             f"The stored logits belong to probe inputs {stored.inputs[:12]}, this version of Stockpot makes {found.inputs[:12]}; store the "

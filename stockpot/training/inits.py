@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from stockpot import storage
@@ -77,13 +78,22 @@ def load(init: Init) -> Classifier:
         folder = Path(name)
         for file in FILES:
             storage.download(f"{init.uri}/{file}", folder / file)
-        found = digest([file_digest(folder / "model.safetensors"), ModelConfig.model_validate_json((folder / "model.json").read_bytes())])
+        found = _identity(folder)
         if found != init.digest:
             raise ModelError(
                 f"The init at {init.uri} has digest {found[:12]}, it was built with {init.digest[:12]}: its weights or its config "
                 f"(activation included) were changed. Restore the objects, or remove {init.uri.rpartition('/')[0]} to have it built anew."
             )
         return read_model(folder)
+
+
+def _identity(folder: Path) -> str:
+    """The digest of the model in a folder; "none" where its config cannot be read."""
+    try:
+        config = ModelConfig.model_validate_json((folder / "model.json").read_bytes())
+    except ValidationError:
+        return "none"
+    return digest([file_digest(folder / "model.safetensors"), config])
 
 
 def _contents(base: BaseSpec) -> list[str]:

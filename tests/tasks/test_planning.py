@@ -59,6 +59,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
 
 
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def prepared_otherwise(path: Path) -> None:
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"preprocess": document["preprocess"] | {"mean": [0.4, 0.4, 0.4]}}))
@@ -69,6 +73,8 @@ def prepared_otherwise(path: Path) -> None:
     [
         ("model.safetensors", cut, ModelError, r"The init at \S+ has digest \w+, it was built with \w+: its weights or its config"),
         ("model.json", prepared_otherwise, ModelError, r"has digest \w+, it was built with \w+"),
+        ("model.json", halve, ModelError, r"has digest none, it was built with \w+"),
+        ("fingerprint.json", halve, ModelError, "fingerprint.json cannot be read"),
         ("model.safetensors", Path.unlink, ObjectMissing, "model.safetensors"),
     ],
 )
