@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,23 @@ def test_everything_is_counted(snapshot: Snapshot) -> None:
         "cache_hits": shards,
         "retries": 0,
     }
+
+
+class Slow(Counter[str]):
+    """Counts that take a moment to be read, in which another thread may change them."""
+
+    def get(self, *key: Any) -> Any:
+        count = super().get(*key)
+        time.sleep(0.002)
+        return count
+
+
+@pytest.mark.parametrize("reading", ["cached", "streamed"])
+def test_what_a_thread_fetches_is_counted_while_a_batch_is(snapshot: Snapshot, reading: Any) -> None:
+    counting = reader(snapshot, reading=reading)
+    counting.counters = Slow(counting.counters)
+    list(counting.batches(0))
+    assert counting.counters["bytes_from_storage"] == sum(shard.size for shard in snapshot.manifest.shards)
 
 
 @pytest.mark.parametrize("reading", ["cached", "streamed"])
