@@ -45,7 +45,7 @@ def publish(
     least_per_class: Least = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Pack pictures into shards and store them as a snapshot. Started again after an interruption, it goes on where it stopped."""
+    """Pack pictures, or texts as token ids, into shards and store them as a snapshot. Started again, it goes on where it stopped."""
     _require(source)
     from stockpot.data.publishing import publish as run
     from stockpot.data.snapshots import pin

@@ -13,56 +13,59 @@ from pathlib import Path
 from stockpot import storage
 from stockpot.data.examination import Problems
 from stockpot.data.publishing import Sample
-from stockpot.data.tars import IMAGES, read_shard
+from stockpot.data.tars import IMAGES, TOKENS, read_shard
 from stockpot.digests import short
 from stockpot.errors import BadRequest, ObjectMissing
 from stockpot.storage import StoredObject
 
 READ_AHEAD = 16
-"""Pictures of a folder fetched at once."""
+"""Files of a folder fetched at once."""
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """`SOURCE/<class>/.../<picture>`: one sample a picture, labelled by its first folder, in order of address."""
+    """`SOURCE/<class>/.../<picture>`: one sample a picture, or where there are none a text as token ids (`.npy`), labelled by its first
+    folder, in order of address."""
 
     uri: str
 
     @cached_property
-    def _pictures(self) -> list[StoredObject]:
+    def _files(self) -> list[StoredObject]:
         storage.check(self.uri)
         listed = [item for item in storage.list_prefix(f"{self.uri.rstrip('/')}/") if "/" in self._below(item)]
-        pictures = [item for item in listed if item.uri.rpartition(".")[2].lower() in IMAGES and not _hidden(self._below(item))]
-        if not pictures:
+        shown = [item for item in listed if not _hidden(self._below(item))]
+        pictures, texts = ([item for item in shown if _extension(item) in kinds] for kinds in (IMAGES, TOKENS))
+        if not pictures and not texts:
             raise ObjectMissing(
-                f"There are no pictures in class folders under {self.uri} ({len(listed):,} other files); check the address."
+                f"There are no pictures, nor texts as token ids (.npy), in class folders under {self.uri} ({len(listed):,} other files); "
+                "check the address."
             )
-        return pictures
+        return pictures or texts
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Folder names, sorted."""
-        return tuple(sorted({self._below(item).split("/")[0] for item in self._pictures}))
+        return tuple(sorted({self._below(item).split("/")[0] for item in self._files}))
 
     @property
     def identity(self) -> str:
         """Changes when a file is added, removed or replaced."""
-        return short([[item.uri, item.size, item.etag] for item in self._pictures])
+        return short([[item.uri, item.size, item.etag] for item in self._files])
 
     @property
     def total(self) -> int:
-        """Pictures."""
-        return len(self._pictures)
+        """Samples."""
+        return len(self._files)
 
     def samples(self, start: int) -> Iterator[Sample]:
         """The samples after the first `start`."""
         labels = {name: label for label, name in enumerate(self.classes)}
         with ThreadPoolExecutor(READ_AHEAD) as pool:
-            rest = iter(self._pictures[start:])
+            rest = iter(self._files[start:])
             while batch := list(islice(rest, READ_AHEAD)):
                 for item, data in zip(batch, pool.map(lambda item: storage.read_bytes(item.uri), batch), strict=True):
                     below = self._below(item)
-                    yield Sample(safe_key(below), data, labels[below.split("/")[0]], below.rpartition(".")[2].lower(), origin=item.uri)
+                    yield Sample(safe_key(below), data, labels[below.split("/")[0]], _extension(item), origin=item.uri)
 
     def _below(self, item: StoredObject) -> str:
         return item.uri[len(self.uri.rstrip("/")) + 1 :]
@@ -130,6 +133,10 @@ def safe_key(path: str) -> str:
     if plain == f"{stem}-{extension}" and len(plain) < 80:
         return plain
     return f"{plain[:70]}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
+def _extension(item: StoredObject) -> str:
+    return item.uri.rpartition(".")[2].lower()
 
 
 def _hidden(path: str) -> bool:

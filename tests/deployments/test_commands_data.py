@@ -10,10 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.commands_data import app
+from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot, pin
 from stockpot.errors import StockpotError
+from stockpot.preparation import Tokens
 from tests.object_store import ObjectStore
 from tests.tiny_data import CLASSES, picture
+from tests.tiny_texts import LENGTH, TOPICS, VOCABULARY, texts
 
 pytestmark = pytest.mark.usefixtures("node")
 SPLITS = ["--held-out", "20", "--gate", "0.2"]
@@ -41,6 +44,21 @@ def test_a_folder_of_class_folders_becomes_a_snapshot_that_verifies(folders: Pat
     assert open_snapshot(pin(document["uri"])).classes == CLASSES
     assert run("verify", tmp_path / "data").exit_code == 0
     assert "every byte read" in run("verify", tmp_path / "data", "--deep").stdout
+
+
+def test_texts_in_class_folders_become_a_snapshot_and_a_picture_goes_before_tokens(folders: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(texts(90)):
+        path = tmp_path / "texts" / TOPICS[text.label] / f"{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.data)
+    answer = run("publish", tmp_path / "texts", tmp_path / "read", *SPLITS, "--json")
+    assert answer.exit_code == 0, answer.output
+    snapshot = open_snapshot(pin(str(tmp_path / "read")))
+    assert (snapshot.classes, sum(snapshot.counts.values())) == (tuple(sorted(TOPICS)), 90)
+    form = Tokens(length=LENGTH, vocabulary=VOCABULARY, padding=0)
+    assert pixels(snapshot, "held_out", form).images.shape == (20, LENGTH)
+    (folders / CLASSES[0] / "features.npy").write_bytes(b"no text")
+    assert run("publish", folders, tmp_path / "data", *SPLITS).exit_code == 0
 
 
 def test_shards_are_registered_where_they_lie(folders: Path, tmp_path: Path) -> None:
