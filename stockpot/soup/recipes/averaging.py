@@ -155,11 +155,10 @@ def _sum(files: Sequence[Weights], coefficients: Sequence[float] | None, stretch
 def _sum_float32(addends: Sequence[NDArray[np.float32]], target: NDArray[np.float32]) -> None:
     step = CHUNK // 4
     for first in range(0, len(target), step):
-        total = target[first : first + step]
-        total[:] = addends[0][first : first + step]
+        total, so_far = target[first : first + step], addends[0][first : first + step]
         for addend in addends[1:]:
-            np.add(total, addend[first : first + step], out=total)
-        np.divide(total, np.float32(len(addends)), out=total)
+            so_far = np.add(so_far, addend[first : first + step], out=total)
+        np.divide(so_far, np.float32(len(addends)), out=total)
 
 
 def _sum_float64(addends: Sequence[Tensor], coefficients: Sequence[float] | None, target: Tensor) -> None:
