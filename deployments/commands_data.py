@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from stockpot.config import PinnedSnapshot
     from stockpot.data.examination import Problems
+    from stockpot.data.sources import ClassFolders, ExistingShards
     from stockpot.data.splits import SplitSpec
 
 app = typer.Typer(no_args_is_help=True)
@@ -57,7 +58,7 @@ def publish(
             extends=pin(_address(extends)) if extends else None, shard_bytes=shard_mb * 10**6, skip_fraction=skip_fraction,
             least_per_class=least_per_class, progress=progress,
         )  # fmt: skip
-    _say(pinned, as_json)
+    _say(pinned, chosen.left_out(), as_json)
 
 
 @app.command()
@@ -83,13 +84,14 @@ def register(
 
     uris = [_address(uri) for uri in source]
     root = _address(dest) if dest else uris[0].rpartition("/")[0] if uris[0].endswith(".tar") else uris[0].rstrip("/")
+    left_out: list[str] = []
     with _progress("shards") as progress, _report(as_json):
         pinned = run(
             uris, root=root, name=name or _last(root), classes=_class_names(root, classes),
             splits=_splits(split, held_out, gate, salt, group_by), extends=pin(_address(extends)) if extends else None,
-            skip_fraction=skip_fraction, least_per_class=least_per_class, progress=progress,
+            skip_fraction=skip_fraction, least_per_class=least_per_class, progress=progress, say=left_out.append,
         )  # fmt: skip
-    _say(pinned, as_json)
+    _say(pinned, left_out, as_json)
 
 
 @app.command()
@@ -119,10 +121,12 @@ def verify(
             _table("What changed", ("object", "found", "needed"), [tuple(one) for one in changes[:50]])
         first = changes[0]
         raise SnapshotBroken(
-            f"{len(changes)} of {of} changed. First: {first.key} is {first.found}, needed {first.needed}. Restore it, or publish anew."
+            f"{len(changes)} of {of} changed. First: {first.key} is {first.found}, needed {first.needed}. Restore it, or remove it and "
+            "publish anew."
         )
     if not as_json:
-        print(f"All {of} are as they were{' (every byte read)' if deep else ' (sizes and etags)'}.")
+        seen = "every byte read" if deep else "sizes and etags" if opened.manifest.shards[0].etag else "sizes; --deep reads every byte"
+        print(f"All {of} are as they were ({seen}).")
 
 
 def _require(*addresses: str) -> None:
@@ -133,7 +137,7 @@ def _require(*addresses: str) -> None:
         storage.check(_address(text))
 
 
-def _source(uri: str, classes: str | None) -> Any:
+def _source(uri: str, classes: str | None) -> "ClassFolders | ExistingShards":
     from stockpot import storage
     from stockpot.data.sources import ClassFolders, ExistingShards
     from stockpot.errors import BadRequest
@@ -184,12 +188,12 @@ def _last(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2]
 
 
-def _say(pinned: "PinnedSnapshot", as_json: bool) -> None:
+def _say(pinned: "PinnedSnapshot", left_out: list[str], as_json: bool) -> None:
     from stockpot.data.manifests import thin_classes
     from stockpot.data.snapshots import open_snapshot
 
     snapshot = open_snapshot(pinned)
-    warnings = thin_classes(snapshot)
+    warnings = [*left_out, *thin_classes(snapshot)]
     if as_json:
         facts = {"uri": pinned.uri, "digest": pinned.digest, "splits": snapshot.counts, "classes": len(snapshot.classes)}
         print(

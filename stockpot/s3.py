@@ -20,6 +20,8 @@ from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, Stor
 
 CONNECT_S, CALL_S = 4, 60
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
+SLOWEST_BYTES_PER_S = 2**17
+"""An upload is given up when it takes longer than over a line of one megabit a second."""
 
 # numbers only: an instance is made anew when the environment or the process changes
 _ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
@@ -79,27 +81,41 @@ def write_bytes(uri: str, data: bytes, *, create: bool = False) -> None:
 
 def upload(path: Path, uri: str, *, create: bool = False) -> None:
     """PUT a file, in parts when large; at most 4 x 16 MiB are in memory. Nothing is visible before the last part."""
-    with said(uri, CALL_S):
-        filesystem().put_file(str(path), uri, mode="create" if create else "overwrite", chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+    deadline_s = CALL_S + path.stat().st_size / SLOWEST_BYTES_PER_S
+    mode = "create" if create else "overwrite"
+    with said(uri, deadline_s):
+        filesystem().put_file(str(path), uri, mode=mode, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=deadline_s)
 
 
-def exists(uri: str) -> bool:
-    """Whether the object is there."""
+def size(uri: str) -> int | None:
+    """Bytes of the object; None where there is none."""
     try:
-        call(uri, "head_object")
+        return int(call(uri, "head_object")["ContentLength"])
     except ObjectMissing:
-        return False
-    return True
+        return None
 
 
 def list_prefix(uri: str) -> Iterator[StoredObject]:
-    """Every object whose key starts with the prefix, in key order, page by page. A missing bucket raises."""
+    """Every object whose key starts with the prefix, in key order. A missing bucket raises."""
     bucket, prefix = split(uri)
-    token: dict[str, Any] = {}
-    while True:
-        page = call(uri, "list_objects_v2", Prefix=prefix, **token)
+    for page in _pages(uri, Prefix=prefix):
         for item in page.get("Contents", ()):
             yield StoredObject(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+
+
+def folders(uri: str) -> Iterator[str]:
+    """Names between the address and the next slash, in order."""
+    prefix = f"{split(uri)[1].rstrip('/')}/".lstrip("/")
+    for page in _pages(uri, Prefix=prefix, Delimiter="/"):
+        for item in page.get("CommonPrefixes", ()):
+            yield item["Prefix"][len(prefix) :].rstrip("/")
+
+
+def _pages(uri: str, **what: Any) -> Iterator[dict[str, Any]]:
+    token: dict[str, Any] = {}
+    while True:
+        page = call(uri, "list_objects_v2", **what, **token)
+        yield page
         if not page.get("IsTruncated"):
             return
         token = {"ContinuationToken": page["NextContinuationToken"]}

@@ -13,7 +13,7 @@ import aiohttp
 import fsspec.asyn
 from botocore.exceptions import BotoCoreError
 
-from stockpot.errors import Interrupted
+from stockpot.errors import Interrupted, ObjectExists, StorageError
 from stockpot.s3 import filesystem, said, split, where
 
 SILENCE_S = 10
@@ -65,8 +65,17 @@ class Body:
             answer: dict[str, Any] = await asyncio.wait_for(client._call_s3("get_object", Bucket=bucket, Key=key, **guard), SILENCE_S)
         except TimeoutError as error:
             raise self._interrupted(f"no answer for {SILENCE_S} s", silent=True) from error
-        self.etag = answer["ETag"].strip('"')
+        self._require_the_rest(answer)
         return answer
+
+    def _require_the_rest(self, answer: dict[str, Any]) -> None:
+        """Raise where a store passes over the condition or the range it was asked with."""
+        found = answer["ETag"].strip('"')
+        if self.etag not in {None, found}:
+            raise ObjectExists(f"{self.uri} has the etag {found}, {self.etag} was asked for ({where()}).")
+        if self.offset and not answer.get("ContentRange", "").startswith(f"bytes {self.offset}-"):
+            raise StorageError(f"{self.uri} was asked for from byte {self.offset:,} on, and its store cannot give a range ({where()}).")
+        self.etag = found
 
     def _interrupted(self, reason: str, *, silent: bool = False) -> Stopped:
         of = f" of {self.size:,}" if self.size is not None else ""

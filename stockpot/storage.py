@@ -6,13 +6,14 @@ S3 lives in `stockpot.s3` and `stockpot.s3_bodies`; this module only chooses. Ra
 and ServerUnreachable.
 """
 
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
@@ -30,10 +31,12 @@ __all__ = [
     "exists",
     "fetch",
     "fetch_hashed",
+    "folders",
     "join",
     "list_prefix",
     "read_bytes",
     "remove",
+    "size",
 ]
 __all__ += ["upload", "write_bytes"]
 
@@ -98,7 +101,9 @@ def fetch_hashed(uri: str, file: BinaryIO, *, etag: str | None = None) -> tuple[
         file.write(piece)
         sha256.update(piece)
 
-    return fetch(uri, sink, etag=etag), sha256.hexdigest()
+    fetched = fetch(uri, sink, etag=etag)
+    _guarded(lambda _: file.flush(), uri)(b"")
+    return fetched, sha256.hexdigest()
 
 
 def _guarded(sink: Callable[[bytes], Any], uri: str) -> Callable[[bytes], None]:
@@ -141,7 +146,6 @@ def download(uri: str, path: Path, sha256: str | None = None) -> None:
     try:
         with temporary.open("wb") as file:
             _, found = fetch_hashed(uri, file)
-            file.flush()
             os.fsync(file.fileno())
         if sha256 is not None and found != sha256:
             raise SnapshotBroken(f"{uri} hashes to sha256 {found[:12]}, {sha256[:12]} was recorded: it is damaged or was replaced.")
@@ -152,7 +156,14 @@ def download(uri: str, path: Path, sha256: str | None = None) -> None:
 
 def exists(uri: str) -> bool:
     """Whether an object is stored at this very address."""
-    return s3.exists(uri) if _remote(uri) else _local(uri).is_file()
+    return size(uri) is not None
+
+
+def size(uri: str) -> int | None:
+    """Bytes of the object at this very address; None where there is none."""
+    if _remote(uri):
+        return s3.size(uri)
+    return _local(uri).stat().st_size if _local(uri).is_file() else None
 
 
 def list_prefix(uri: str) -> list[StoredObject]:
@@ -161,12 +172,25 @@ def list_prefix(uri: str) -> list[StoredObject]:
         return list(s3.list_prefix(uri))
     top = _local(uri)
     found = []
-    for path in sorted(top.rglob("*") if top.is_dir() else top.parent.glob(f"{top.name}*")):
-        with suppress(FileNotFoundError):  # removed meanwhile
-            stat = path.stat()
+    with _said(uri):
+        for path in sorted(_below(top) if top.is_dir() else top.parent.glob(f"{glob.escape(top.name)}*")):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                if path.is_symlink():
+                    raise ObjectMissing(f"{path} is a link to {path.readlink()}, where nothing is; mend or remove the link.") from None
+                continue  # removed meanwhile
             if S_ISREG(stat.st_mode) and not path.name.startswith(".stockpot-"):
                 found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat)))
     return found
+
+
+def folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`, sorted; on a file system empty ones and links too."""
+    if _remote(uri):
+        return list(s3.folders(uri))
+    with _said(uri):
+        return sorted(path.name for path in _local(uri).iterdir() if path.is_dir())
 
 
 def remove(uri: str) -> None:
@@ -186,6 +210,18 @@ def check(uri: str) -> None:
         raise ObjectMissing(f"There is no file or folder {uri}; check the address, or publish the dataset there first.")
     elif not os.access(_local(uri), os.R_OK):
         raise StorageRefused(f"This user may not read {uri}; change its permissions.")
+
+
+def _below(top: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files at any depth; links to folders are followed, but not in a circle. `above`: the real folders on the way here."""
+    real = top.resolve()
+    if real in above:
+        return
+    for path in top.iterdir():
+        if path.is_dir():
+            yield from _below(path, above | {real})
+        else:
+            yield path
 
 
 class _LocalBody:

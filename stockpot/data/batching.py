@@ -70,30 +70,28 @@ class Maker(Dataset[Made | StockpotError]):
         data = map(self._read, rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist())
         return self.assemble(wanted, list(map(self.input, data, wanted.ids.tolist(), repeat(wanted.epoch))))
 
-    def input(self, data: bytes, sample: int, epoch: int) -> Tensor | str:
+    def input(self, data: bytes, sample: int, epoch: int) -> Tensor | Undecodable:
         """The model's input for one sample, or why there is none."""
         try:
             raw = decoded(data, self.preprocess)
         except Undecodable as reason:
-            return str(reason)
+            return reason
         if self.augment is None:
             return as_evaluated(raw, self.preprocess)
         return self.augment(raw, derive(self.seed, epoch, sample))
 
-    def assemble(self, wanted: Wanted, inputs: list[Tensor | str]) -> Made:
+    def assemble(self, wanted: Wanted, inputs: list[Tensor | Undecodable]) -> Made:
         """A batch of what could be decoded."""
         rows = self.snapshot.index.rows[wanted.ids]
         good = [place for place, one in enumerate(inputs) if isinstance(one, Tensor)]
-        skipped = [self._where(wanted.ids[place], one) for place, one in enumerate(inputs) if isinstance(one, str)]
+        bad = [(place, one) for place, one in enumerate(inputs) if isinstance(one, Undecodable)]
+        skipped = [f"{self.snapshot.where(int(wanted.ids[place]))} {reason}" for place, reason in bad]
         batch = _stacked([one for one in inputs if isinstance(one, Tensor)]) if good else torch.empty(0, *self.preprocess.shape)
         labels = torch.from_numpy(rows["label"][good].astype(np.int64))
-        counts = {"planned": len(inputs), "read": len(good), "skipped": len(skipped), **self._fetched}
+        kinds = Counter(f"skipped_{reason.kind}" for _, reason in bad)
+        counts = {"planned": len(inputs), "read": len(good), "skipped": len(bad), **kinds, **self._fetched}
         self._fetched.clear()
         return Made(batch, labels, wanted.ids[good], counts, skipped)
-
-    def _where(self, sample: int, reason: str) -> str:
-        shard = self.snapshot.manifest.shards[int(self.snapshot.index.rows[sample]["shard"])].key
-        return f"shard {shard}, sample {self.snapshot.index.keys(sample, sample + 1)[0]!r} {reason}"
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         if shard not in self._files:

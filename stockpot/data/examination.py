@@ -68,6 +68,10 @@ class Problems:
         for kind, examples in other.examples.items():
             self.examples[kind] = (self.examples[kind] + examples)[:KEPT]
 
+    def left_out(self) -> list[str]:
+        """Sentences on what is no part of a sample."""
+        return [f"{count:,} members are left out: {kind}" for kind, count in self.ignored.most_common()]
+
     def plain(self) -> dict[str, Any]:
         """As JSON values; `Problems.from_plain` reads them back."""
         return {"counts": self.counts, "examples": dict(self.examples), "ignored": self.ignored}
@@ -90,7 +94,7 @@ class Problems:
         """Raise `ProblemsFound` for anything but unreadable samples within the budget; returns their number."""
         unreadable = self.counts[UNREADABLE]
         total = sum(self.counts.values())
-        if total == unreadable and unreadable <= skip_fraction * samples:
+        if total == unreadable and (not total or unreadable / samples <= skip_fraction):
             return unreadable
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         first = next(example for kind, _ in self.counts.most_common() for example in self.examples[kind])

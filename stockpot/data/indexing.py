@@ -41,7 +41,8 @@ SCHEMA = pa.schema(
 class Index:
     """Rows of a snapshot's samples, by id."""
 
-    parquet: Path
+    parquet: pa.MemoryMappedFile
+    """Mapped, so that it is there for as long as the index, whatever becomes of the node cache."""
     rows: NDArray[np.void]
 
     @classmethod
@@ -53,7 +54,7 @@ class Index:
         rows = np.load(hot, mmap_mode="r")
         if len(rows) != samples:
             raise SnapshotBroken(f"The index {parquet.name} has {len(rows):,} rows, the manifest says {samples:,} samples.")
-        return cls(parquet, rows)
+        return cls(pa.memory_map(str(parquet)), rows)
 
     def keys(self, start: int, stop: int) -> list[str]:
         """Keys of a range of ids; only the row groups that hold them are read."""
@@ -79,9 +80,13 @@ def _write_hot(parquet: Path, hot: Path) -> None:
     rows = np.empty(table.num_rows, HOT)
     for name in HOT.names or ():
         rows[name] = table[name].to_numpy()
-    handle, temporary = tempfile.mkstemp(dir=hot.parent, suffix=".part")
-    with os.fdopen(handle, "wb") as file, written(hot):
-        np.save(file, rows)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).replace(hot)
+    with written(hot):
+        handle, temporary = tempfile.mkstemp(dir=hot.parent, prefix=f"{parquet.stem}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.save(file, rows)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(hot)
+        finally:
+            Path(temporary).unlink(missing_ok=True)

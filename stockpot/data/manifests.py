@@ -2,12 +2,15 @@
 both resumable."""
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -15,10 +18,13 @@ from stockpot import storage
 from stockpot.config import PinnedSnapshot
 from stockpot.data.examination import ROWS, Problems
 from stockpot.data.indexing import SCHEMA, write_parquet
+from stockpot.data.node_cache import written
 from stockpot.data.snapshots import IndexFile, Manifest, Shard, Snapshot, commit, open_snapshot
-from stockpot.data.splits import SPLITS, SplitRule, SplitSpec, assign, draw, point
+from stockpot.data.splits import SPLITS, SplitRule, SplitSpec, asked, assign, draw, point
 from stockpot.digests import file_digest
-from stockpot.errors import BadRequest, DataError
+from stockpot.errors import BadRequest, DataError, ObjectMissing
+
+logger = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
@@ -47,7 +53,11 @@ class Records:
         for number, record in enumerate(storage.list_prefix(self.prefix) if self.job else ()):
             if not record.uri.endswith(f"/{number:06d}.parquet"):
                 break
-            rows = pq.read_table(pa.BufferReader(storage.read_bytes(record.uri)))
+            try:
+                stored = storage.read_bytes(record.uri)
+            except ObjectMissing:  # another publisher of the same source has just finished
+                break
+            rows = pq.read_table(pa.BufferReader(stored))
             notes = json.loads(rows.schema.metadata[b"stockpot"])
             shard = Shard.model_validate(notes["shard"])
             finished.append(Finished(shard, rows.replace_schema_metadata(None).cast(ROWS), Problems.from_plain(notes["problems"])))
@@ -78,24 +88,32 @@ def finish(
     extends: PinnedSnapshot | None = None,
     skip_fraction: float = 0.0,
     least_per_class: int = 1,
+    say: Callable[[str], None] = logger.warning,
 ) -> PinnedSnapshot:
-    """Draw the splits over all rows, check them, store the index and last the manifest. `classes` None: named by their numbers."""
+    """Draw the splits over all rows, check them, store the index and last the manifest. `classes` None: named by their numbers.
+
+    say: told what is no part of a sample.
+    """
     rows = pa.concat_tables([one.rows for one in finished])
     problems = Problems()
     for one in finished:
         problems.merge(one.problems)
+    for sentence in problems.left_out():
+        say(sentence)
     problems.add_duplicates(rows, [one.shard.key for one in finished])
     unreadable = problems.raise_unless_within(skip_fraction, rows.num_rows)
     labels = rows["label"].to_numpy()
-    classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
+    classes = classes or _numbered(labels)
     require_several(name, classes)
     codes, rule = _split(rows, splits, extends, classes)
-    _require_classes(labels, codes, classes, least_per_class)
+    if rule:
+        _require_apart(rows, codes)
+    _require_classes(labels, codes, classes, least_per_class, rule)
     index = folder / "index.parquet"
-    write_parquet(rows.append_column("split", pa.array(codes, pa.int8())).select(SCHEMA.names).cast(SCHEMA), index)
+    with written(index):
+        write_parquet(rows.append_column("split", pa.array(codes, pa.int8())).select(SCHEMA.names).cast(SCHEMA), index)
     key = f"index/{file_digest(index)}.parquet"
-    if not storage.exists(storage.join(root, key)):
-        storage.upload(index, storage.join(root, key))
+    store_once(index, storage.join(root, key))
     counts_SC = np.zeros((len(finished), len(SPLITS)), np.int64)
     np.add.at(counts_SC, (rows["shard"].to_numpy(), codes), 1)
     manifest = Manifest(
@@ -119,11 +137,28 @@ def require_several(name: str, classes: tuple[str, ...]) -> None:
         )
 
 
-def class_counts(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...]) -> dict[str, list[int]]:
-    """Samples of every class in every split that is there."""
-    return {
-        SPLITS[code]: np.bincount(labels_N[codes_N == code], minlength=len(classes)).tolist() for code in np.unique(codes_N)
-    }  # fmt: skip
+def store_once(path: Path, uri: str) -> None:
+    """Store a content-addressed file, unless it lies there with this size already."""
+    if storage.size(uri) != path.stat().st_size:
+        storage.upload(path, uri)
+
+
+def _numbered(labels_N: NDArray[np.int32]) -> tuple[str, ...]:
+    """Names for the classes of shards that come without: one wrong label must not make a million of them."""
+    if (highest := int(labels_N.max())) >= len(labels_N):
+        raise DataError(
+            f"The highest label is {highest:,} among {len(labels_N):,} samples, so classes would have none: mend the label, or give the "
+            "class names with --classes FILE, one a line."
+        )
+    return tuple(map(str, range(highest + 1)))
+
+
+def class_counts(
+    labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...], rule: SplitRule | None
+) -> dict[str, list[int]]:
+    """Samples of every class in every split that is there, or was to be drawn."""
+    codes = {*np.unique(codes_N).tolist(), *(asked(rule) if rule else ())}
+    return {SPLITS[code]: np.bincount(labels_N[codes_N == code], minlength=len(classes)).tolist() for code in sorted(codes)}
 
 
 def _counts(row: NDArray[np.int64]) -> dict[str, int]:
@@ -157,8 +192,23 @@ def _rule_of(extends: PinnedSnapshot, group_by: str, classes: tuple[str, ...]) -
     return old.rule
 
 
-def _require_classes(labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...], least: int) -> None:
-    for split, counts in class_counts(labels_N, codes_N, classes).items():
+def _require_apart(rows: pa.Table, codes_N: NDArray[np.int8]) -> None:
+    """Raise `DataError` where the groups of a json field would put one picture into two splits."""
+    drawn = rows.select(["digest", "key"]).append_column("split", pa.array(codes_N))
+    seen = drawn.group_by("digest").aggregate([("split", "min"), ("split", "max"), ("key", "min"), ("key", "max")])
+    crossing = seen.filter(pc.not_equal(seen["split_min"], seen["split_max"]))
+    if crossing.num_rows:
+        first = crossing.slice(0, 1).to_pylist()[0]
+        raise DataError(
+            f"{crossing.num_rows:,} pictures would be in several splits, needed 0: their groups differ. First: samples "
+            f"{first['key_min']!r} and {first['key_max']!r} are the same. Give them one group, or group by pixels."
+        )
+
+
+def _require_classes(
+    labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...], least: int, rule: SplitRule | None
+) -> None:
+    for split, counts in class_counts(labels_N, codes_N, classes, rule).items():
         short_of = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < least]
         if short_of:
             raise DataError(

@@ -5,6 +5,7 @@ written under another name, hashed while written, synced, then renamed. One proc
 releases when the holder dies. Local disks only: the lock does not work on NFS.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -12,16 +13,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
 from stockpot import errors, storage
-from stockpot.errors import DataError, SnapshotBroken, StockpotError, StorageError
+from stockpot.errors import DataError, Interrupted, SnapshotBroken, StockpotError, StorageError
 
 logger = logging.getLogger(__name__)
+
+STANDSTILL_S = 120
+"""Longest wait for another process whose fetch comes no further: its own deadlines are far shorter, so it is stopped or hangs."""
 
 SPARE_BYTES = 512 * 2**20
 """Left free on the disk."""
@@ -58,26 +62,25 @@ class NodeCache:
         target = self.path(sha256, suffix)
         if target.exists():
             return Fetched(target, hit=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        asked = time.time()
-        with locked(target.with_suffix(".lock"), logger.debug) as lock:
+        asked = time.monotonic()  # one clock for all processes of a node, which no one sets
+
+        with written(target), locked(target.with_suffix(".lock"), logger.debug, lambda: sum(map(_size, _parts(target)))) as lock:
             if target.exists():
                 return Fetched(target, hit=True)
             _raise_failure_since(asked, lock)
-            for stale in target.parent.glob(f"{target.stem}.*.part"):  # of a process that died with the lock
+            for stale in _parts(target):  # of a process that died with the lock
                 stale.unlink()
             try:
                 self.require_space(size)
                 return _fetch(uri, sha256, size, target, etag)
             except StockpotError as error:
-                lock.seek(0)
-                lock.truncate()
-                json.dump([time.time(), type(error).__name__, str(error)], lock)
+                _tell_failure(error, lock)
                 raise
 
     def free(self) -> int:
         """Bytes this node may still fill."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        with written(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
         return max(0, shutil.disk_usage(self.root).free - SPARE_BYTES)
 
     def require_space(self, size: int) -> None:
@@ -98,12 +101,11 @@ class NodeCache:
     @contextmanager
     def hold(self, snapshot: str, contents: list[str]) -> Iterator[None]:
         """Keep files of these sha256 from eviction while the block runs, or until this process dies. `snapshot`: its digest."""
-        folder = self.root / "active"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{snapshot}.json"
-        with locked(self.root / "janitor.lock", logger.debug):
+        path = self.root / "active" / f"{snapshot}.json"
+        with written(path), locked(self.root / "janitor.lock", logger.debug):
+            path.parent.mkdir(exist_ok=True)
             if not path.exists():
-                path.write_text(json.dumps(contents))
+                _write_whole(path, json.dumps(contents))
             file = path.open("rb")
             fcntl.flock(file, fcntl.LOCK_SH)
         with file:
@@ -114,7 +116,7 @@ class NodeCache:
         a snapshot that is held. Returns the number of files and folders removed."""
         with locked(self.root / "janitor.lock", logger.debug):
             removed = 0
-            for path in sorted(self._idle(), key=lambda path: path.lstat().st_mtime):
+            for path in sorted(self._idle(), key=_age):
                 if self.free() >= wanted:
                     break
                 if not _unlocked(path):
@@ -122,7 +124,7 @@ class NodeCache:
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 removed += 1
             return removed
 
@@ -136,19 +138,40 @@ class NodeCache:
 
 
 @contextmanager
-def locked(path: Path, say: Callable[[str], None] = logger.warning) -> Iterator[TextIO]:
+def locked(path: Path, say: Callable[[str], None] = logger.warning, progress: Callable[[], int] | None = None) -> Iterator[TextIO]:
     """Hold the exclusive lock of a file; the kernel releases it however the process ends. Yields the file, to read and write.
 
-    say: told, once, that another process has it and is waited for.
+    say: told, once, that another process has it and is waited for. progress: the bytes that process has got; raises `Interrupted` where
+    they stay the same for `STANDSTILL_S`. None: whoever holds it is waited for as long as it takes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"Another process on this node holds {path}; waiting until it is done.")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait(file, path, progress)
         yield file
+
+
+def _wait(file: TextIO, path: Path, progress: Callable[[], int] | None) -> None:
+    if progress is None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return None
+    seen, since = progress(), time.monotonic()
+    while True:
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+        if time.monotonic() - since > STANDSTILL_S:
+            before, seen, since = seen, progress(), time.monotonic()
+            if seen == before:
+                raise Interrupted(
+                    f"Another process on this node holds {path} and has got no further than {seen:,} bytes for {STANDSTILL_S} s: it is "
+                    "stopped or hangs. Let it go on, or end it, then start again."
+                )
 
 
 @contextmanager
@@ -157,21 +180,50 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path} cannot be written to disk: {error.strerror or error}. Free some space, then start again.") from error
+        way_out = "Free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} else "Let this user write there"
+        raise DataError(f"{path} cannot be written to disk: {error.strerror or error}. {way_out}, then start again.") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Whole or not at all: a disk that is full, or a kill, leaves no half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)
+
+
+def _parts(target: Path) -> list[Path]:
+    return list(target.parent.glob(f"{target.stem}.*.part"))
+
+
+def _tell_failure(error: StockpotError, lock: TextIO) -> None:
+    """Leave a failure to those who wait for the lock; on a disk that is full they find out themselves."""
+    with suppress(OSError):
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), json.dumps([time.monotonic(), type(error).__name__, str(error)]).encode())
 
 
 def _raise_failure_since(asked: float, lock: TextIO) -> None:
     """Whoever waited for another process to fetch a file shares its failure, instead of waiting for the same one again."""
     lock.seek(0)
-    if text := lock.read():
-        failed, kind, sentence = json.loads(text)
-        if failed > asked:
-            raise getattr(errors, kind, StorageError)(sentence)
+    try:
+        failed, kind, sentence = json.loads(lock.read())
+    except ValueError:  # no failure, or half of one by a process that was killed
+        return
+    if asked < failed <= time.monotonic():  # a later one is of before this node was started
+        raise getattr(errors, kind, StorageError)(sentence)
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of a folder's files."""
-    return sum(map(_size, path.iterdir())) if path.is_dir() else path.lstat().st_size
+    """Bytes of a file, or of a folder's files; of one that another process has just renamed or removed: none."""
+    with suppress(FileNotFoundError):
+        return sum(map(_size, path.iterdir())) if path.is_dir() else path.lstat().st_size
+    return 0
+
+
+def _age(path: Path) -> float:
+    with suppress(FileNotFoundError):
+        return path.lstat().st_mtime
+    return 0
 
 
 def _unlocked(path: Path) -> bool:
@@ -203,7 +255,6 @@ def _fetch(uri: str, sha256: str, size: int, target: Path, etag: str | None) -> 
     try:
         with part.open("wb") as file:
             fetched, found = storage.fetch_hashed(uri, file, etag=etag)
-            file.flush()
             os.fsync(file.fileno())
         if (fetched.size, found) != (size, sha256):
             raise SnapshotBroken(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stockpot.data.images import Undecodable
 from stockpot.data.node_cache import NodeCache, locked, written
@@ -42,9 +43,9 @@ class Pixels:
 def pixels(snapshot: Snapshot, split: str, preprocess: Preparation) -> Pixels:
     """Every sample of a split in index order, none skipped. Raises `SkipBudgetExceeded` naming the first unreadable one."""
     start = snapshot.first(split)
-    with NodeCache().hold(snapshot.digest, snapshot.contents):
+    with snapshot.held():
         rows = snapshot.index.rows[start : start + snapshot.counts[split]]
-        folder = _folder(snapshot, split, preprocess, rows)
+        folder = _folder(snapshot, split, preprocess, rows, start)
         images = np.load(folder / "images.npy", mmap_mode="r")
         keys = tuple(snapshot.index.keys(start, start + len(rows)))
     if not len(images) == len(rows) == len(keys):
@@ -52,15 +53,14 @@ def pixels(snapshot: Snapshot, split: str, preprocess: Preparation) -> Pixels:
     return Pixels(images, rows["label"].astype(np.int64), keys, transform_digest(preprocess))
 
 
-def _folder(snapshot: Snapshot, split: str, preprocess: Preparation, rows: NDArray[np.void]) -> Path:
-    """The folder of this split on this node, built under a lock if need be."""
+def _folder(snapshot: Snapshot, split: str, preprocess: Preparation, rows: NDArray[np.void], first: int) -> Path:
+    """The folder of this split on this node, built under a lock if need be. `first`: id of the sample in the first row."""
     identity = f"{snapshot.digest[:12]}-{short([snapshot.digest, split, transform_digest(preprocess), DECODERS])}"
     cache = NodeCache()
     folder = cache.root / "pixels" / identity
     if _whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
+    with written(folder), locked(folder.with_suffix(".lock")):
         if _whole(folder):
             return folder
         for stale in (folder, *folder.parent.glob(f"{identity}.*.part")):
@@ -68,15 +68,15 @@ def _folder(snapshot: Snapshot, split: str, preprocess: Preparation, rows: NDArr
         cache.require_space(len(rows) * math.prod(preprocess.shape) * np.dtype(preprocess.dtype).itemsize)
         part = Path(tempfile.mkdtemp(prefix=f"{identity}.", suffix=".part", dir=folder.parent))
         try:
-            _build(part / "images.npy", snapshot, preprocess, rows)
-            (part / "meta.json").write_text(json.dumps({"images_crc32": _crc32(part / "images.npy"), "samples": len(rows)}))
+            _build(part / "images.npy", snapshot, preprocess, rows, first)
+            (part / "meta.json").write_text(json.dumps({"images_crc32": _crc32(part / "images.npy")}))
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _build(path: Path, snapshot: Snapshot, preprocess: Preparation, rows: NDArray[np.void]) -> None:
+def _build(path: Path, snapshot: Snapshot, preprocess: Preparation, rows: NDArray[np.void], first: int) -> None:
     with written(path):
         images = np.lib.format.open_memmap(path, "w+", preprocess.dtype, (len(rows), *preprocess.shape))
         with path.open("r+b") as file:  # a disk that fills up under a mapped file kills the process without a word
@@ -90,22 +90,27 @@ def _build(path: Path, snapshot: Snapshot, preprocess: Preparation, rows: NDArra
             some = rows[start:stop]
             places = zip(some["offset"].tolist(), some["size"].tolist(), strict=True)
             encoded = (bytes(data[offset : offset + size]) for offset, size in places)
-            try:
-                for at, one in enumerate(pool.map(lambda data: prepare(data, preprocess), encoded), int(start)):
-                    images[at] = one.numpy()
-            except Undecodable as reason:
-                raise SkipBudgetExceeded(
-                    f"A sample of shard {snapshot.manifest.shards[shard].key} {reason}; an evaluation allows none. Publish a new snapshot."
-                ) from reason
+            for at, one in enumerate(pool.map(lambda data: _prepared(data, preprocess), encoded), int(start)):
+                if isinstance(one, str):
+                    raise SkipBudgetExceeded(f"{snapshot.where(first + at)} {one}; an evaluation allows none. Publish a new snapshot.")
+                images[at] = one.numpy()
     images.flush()
+
+
+def _prepared(data: bytes, preprocess: Preparation) -> Tensor | str:
+    try:
+        return prepare(data, preprocess)
+    except Undecodable as reason:
+        return str(reason)
 
 
 def _whole(folder: Path) -> bool:
     """Whether the pictures are all there, and as they were built: a node's disk is trusted no longer than that."""
-    if not (folder / "meta.json").exists():
+    try:
+        built = json.loads((folder / "meta.json").read_text())
+        return bool(built["images_crc32"] == _crc32(folder / "images.npy"))
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut short by the node's end
         return False
-    built = json.loads((folder / "meta.json").read_text())
-    return bool(built["images_crc32"] == _crc32(folder / "images.npy"))
 
 
 def _crc32(path: Path) -> int:

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from tarfile import BLOCKSIZE as BLOCK
+from tarfile import TarInfo
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -21,7 +23,8 @@ from webdataset.writer import TarWriter
 from stockpot import storage
 from stockpot.config import PinnedSnapshot
 from stockpot.data.examination import Candidate, Examiner, Problems
-from stockpot.data.manifests import Finished, Records, finish, require_several
+from stockpot.data.manifests import Finished, Records, finish, require_several, store_once
+from stockpot.data.node_cache import written
 from stockpot.data.snapshots import Shard
 from stockpot.data.splits import SplitSpec
 from stockpot.digests import short
@@ -138,7 +141,7 @@ class _Writing:
         """Write samples until the shard is full; returns the first one that no longer belongs to it."""
         waiting: Sample | None = None
         batch: list[Candidate] = []
-        with self.path.open("wb") as file, TarWriter(_Hashing(file, self.sha256), mtime=0, encoder=False) as tar:
+        with written(self.path), self.path.open("wb") as file, TarWriter(_Hashing(file, self.sha256), mtime=0, encoder=False) as tar:
             for sample in samples:
                 if tar.tarstream.offset >= self.shard_bytes:
                     waiting = sample
@@ -163,8 +166,7 @@ class _Writing:
         sha256 = self.sha256.hexdigest()
         shard = Shard(key=f"shards/{sha256}.tar", size=self.path.stat().st_size, sha256=sha256, counts={})
         uri = storage.join(root, shard.key)
-        if not storage.exists(uri):
-            storage.upload(self.path, uri)
+        store_once(self.path, uri)
         return Finished(shard, pa.concat_tables(self.tables), self.problems)
 
 
@@ -173,13 +175,19 @@ def _append(tar: TarWriter, sample: Sample) -> Candidate:
     members = {sample.extension: sample.data, "cls": str(sample.label).encode()}
     if sample.fields:
         members["json"] = json.dumps(sample.fields, sort_keys=True).encode()
-    offset = tar.tarstream.offset + 512
-    for extension in sorted(members):  # TarWriter's order: for each member a header of 512 bytes, then whole blocks of 512
+    offset = tar.tarstream.offset
+    for extension in sorted(members):  # TarWriter's order: for each member its header, then whole blocks
+        offset += _header_bytes(tar, f"{sample.key}.{extension}")
         if extension == sample.extension:
             break
-        offset += 512 + -(-len(members[extension]) // 512) * 512
+        offset += -(-len(members[extension]) // BLOCK) * BLOCK
     tar.write({"__key__": sample.key, **members})
     return Candidate(sample.key, offset, sample.data, sample.label, sample.fields, sample.origin)
+
+
+def _header_bytes(tar: TarWriter, name: str) -> int:
+    """One block, and more for a long name or one that is not ASCII."""
+    return len(TarInfo(name).tobuf(tar.tarstream.format, tar.tarstream.encoding, tar.tarstream.errors))
 
 
 class _Hashing:

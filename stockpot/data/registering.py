@@ -5,6 +5,7 @@ address. Later reads are guarded by each shard's etag and sha256.
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -28,6 +29,8 @@ from stockpot.digests import short
 from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken
 from stockpot.storage import StoredObject
 
+logger = logging.getLogger(__name__)
+
 
 def register(
     uris: list[str],
@@ -40,8 +43,9 @@ def register(
     skip_fraction: float = 0.0,
     least_per_class: int = 1,
     progress: Progress | None = None,
+    say: Callable[[str], None] = logger.warning,
 ) -> PinnedSnapshot:
-    """A snapshot of the tars under the given prefixes (or of the given tars), stored under `root`.
+    """A snapshot of the tars under the given prefixes (or of the given tars), stored under `root`; `say` is told what is left out.
 
     Raises `ProblemsFound` with every problem of every shard at once. Interrupted, it goes on after the last shard it finished.
     """
@@ -64,7 +68,7 @@ def register(
                 progress(number + 1, len(shards))
         pinned = finish(
             root, name, classes, finished, folder=Path(folder),
-            splits=splits, extends=extends, skip_fraction=skip_fraction, least_per_class=least_per_class,
+            splits=splits, extends=extends, skip_fraction=skip_fraction, least_per_class=least_per_class, say=say,
         )  # fmt: skip
     records.forget()
     return pinned

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from stockpot.data.batching import Made, Maker, Wanted
 from stockpot.data.epochs import EpochPlan
-from stockpot.data.images import decode, eval_transform
+from stockpot.data.images import KINDS, decode, eval_transform
 from stockpot.data.node_cache import NodeCache
 from stockpot.data.pixel_store import Pixels, pixels
 from stockpot.data.preparing import Augment, transform_digest
@@ -38,6 +38,9 @@ Reading = Literal["auto", "cached", "streamed"]
 logger = logging.getLogger(__name__)
 
 FETCHED_AT_ONCE = 4
+
+COUNTED = ("planned", "read", "skipped", *(f"skipped_{kind}" for kind in KINDS), "bytes_from_storage", "cache_hits", "retries")
+"""What a reader counts, and a trial logs as `data/...`."""
 
 # B samples of a batch, S side in pixels, L tokens
 
@@ -84,7 +87,7 @@ class TrainReader:
         self.plan = EpochPlan(snapshot.digest, counts, snapshot.first(split), seed, batch_size, rank, world, drop_last, shuffled)
         self.snapshot, self.loader_workers, self.skip_fraction = snapshot, loader_workers, skip_fraction
         self.reading = choose_reading(snapshot, reading, say)
-        self.counters: Counter[str] = Counter(planned=0, read=0, skipped=0, bytes_from_storage=0, cache_hits=0, retries=0)
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self.skipped: list[str] = []
         self._counting = Lock()
         self._maker = Maker(snapshot, preprocess, augment, seed)
@@ -98,7 +101,7 @@ class TrainReader:
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, without the first `skip`. Raises `SnapshotBroken`, or `SkipBudgetExceeded` naming a sample."""
-        allowed = int(self.skip_fraction * self.plan.planned)
+        allowed = int(self.skip_fraction * self.plan.planned + 1e-6)  # 0.29 of 100 is 28.999999999999996
         skipped = 0
         with closing(self._streamed(epoch, skip) if self.reading == "streamed" else self._cached(epoch, skip)) as source:
             for made in source:
@@ -106,17 +109,21 @@ class TrainReader:
                     self.counters.update(made.counts)
                 self.skipped += made.skipped
                 skipped += len(made.skipped)
-                if skipped > allowed or (self.plan.shuffled and not len(made.labels)):  # no step can be made of nothing
+                if skipped > allowed:
                     raise SkipBudgetExceeded(
                         f"{skipped:,} of {self.plan.planned:,} samples of epoch {epoch} are unreadable, {allowed:,} are allowed "
                         f"(skip_fraction {self.skip_fraction:g}). First: {made.skipped[0]}. Repair it, or allow a fraction of train."
+                    )
+                if self.plan.shuffled and not len(made.labels):
+                    raise SkipBudgetExceeded(
+                        f"A batch of epoch {epoch} has {len(made.skipped):,} samples, all unreadable, and no step can be made of nothing. "
+                        f"First: {made.skipped[0]}. Repair it, or choose another batch_size."
                     )
                 yield Batch(made.images, made.labels, made.samples)
 
     def _cached(self, epoch: int, skip: int) -> Generator[Made, None, None]:
         """From the node cache, which is filled in the order of need while batches are made."""
-        self.snapshot.index  # noqa: B018  fetched once, before anything else
-        with NodeCache().hold(self.snapshot.digest, self.snapshot.contents), self._filling(epoch) as settle:
+        with self.snapshot.held(), self._filling(epoch) as settle:
             self._schedule.plan, self._schedule.epoch, self._schedule.skip = self.plan, epoch, skip
             for made in self._loaded() if self.loader_workers else map(self._maker.make, self._schedule):
                 settle(wait=False)
@@ -126,6 +133,7 @@ class TrainReader:
     @contextmanager
     def _filling(self, epoch: int) -> Iterator[Callable[..., None]]:
         """Fetch the epoch's shards in the background; `settle` raises what failed."""
+        self.snapshot.index  # noqa: B018  fetched once, before anything else
         pending: deque[Future[None]] = deque()
         shards = list(self.plan.shards(epoch))
         self.counters.update(cache_hits=sum(self.snapshot.is_cached(shard) for shard in shards))

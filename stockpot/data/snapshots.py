@@ -11,9 +11,10 @@ A dataset is a folder in object storage:
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -92,8 +93,17 @@ class Snapshot:
     def index(self) -> Index:
         """Where every sample lies; fetched into the node cache and memory-mapped."""
         file = self.manifest.index
-        parquet = NodeCache().ensure(storage.join(self.root, file.key), file.sha256, file.size, suffix=".parquet").path
-        return Index.open(parquet, file.samples)
+        with self.held():
+            parquet = NodeCache().ensure(storage.join(self.root, file.key), file.sha256, file.size, suffix=".parquet").path
+            return Index.open(parquet, file.samples)
+
+    def held(self) -> AbstractContextManager[None]:
+        """While it is entered, this node's janitor spares what belongs to the snapshot."""
+        return NodeCache().hold(self.digest, self.contents)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process, which maps the index by itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "index"}
 
     @property
     def contents(self) -> list[str]:
@@ -139,6 +149,11 @@ class Snapshot:
     def shard_uri(self, shard: int) -> str:
         """Address of a shard by its place in the manifest."""
         return storage.join(self.root, self.manifest.shards[shard].key)
+
+    def where(self, sample: int) -> str:
+        """A sample by its shard and key, for whoever has to find it."""
+        shard = self.manifest.shards[int(self.index.rows[sample]["shard"])].key
+        return f"shard {shard}, sample {self.index.keys(sample, sample + 1)[0]!r}"
 
     def require_classes(self, classes: tuple[str, ...]) -> None:
         """Raise `SnapshotBroken` unless a model's classes are this snapshot's, in the same order."""

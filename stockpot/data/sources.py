@@ -3,9 +3,10 @@
 import hashlib
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -30,17 +31,38 @@ class ClassFolders:
     uri: str
 
     @cached_property
+    def _listed(self) -> list[StoredObject]:
+        return storage.list_prefix(f"{self.uri.rstrip('/')}/")
+
+    @cached_property
     def _files(self) -> list[StoredObject]:
         storage.check(self.uri)
-        listed = [item for item in storage.list_prefix(f"{self.uri.rstrip('/')}/") if "/" in self._below(item)]
-        shown = [item for item in listed if not _hidden(self._below(item))]
+        if odd := [item.uri for item in self._listed if not item.uri.isprintable()]:
+            raise BadRequest(f"{len(odd):,} file names are no printable UTF-8, such as {odd[0]!a}: rename them.")
+        shown = [item for item in self._listed if "/" in self._below(item) and not _hidden(self._below(item))]
         pictures, texts = ([item for item in shown if _extension(item) in kinds] for kinds in (IMAGES, TOKENS))
         if not pictures and not texts:
             raise ObjectMissing(
-                f"There are no pictures, nor texts as token ids (.npy), in class folders under {self.uri} ({len(listed):,} other files); "
-                "check the address."
+                f"There are no pictures, nor texts as token ids (.npy), in class folders under {self.uri} ({len(self._listed):,} other "
+                "files); check the address."
             )
+        self._require_no_empty_class(pictures or texts)
         return pictures or texts
+
+    def _require_no_empty_class(self, samples: list[StoredObject]) -> None:
+        """A folder without samples would be no class, and the labels behind it others, without a word."""
+        filled = {self._below(item).split("/")[0] for item in samples}
+        if empty := [name for name in storage.folders(self.uri) if name not in filled and not _hidden(name)]:
+            raise ObjectMissing(
+                f"{len(empty):,} folders under {self.uri} hold no samples ({', '.join(empty[:5])}), needed is at least one in each class "
+                "folder: fill or remove them."
+            )
+
+    def left_out(self) -> list[str]:
+        """Sentences on the files that are no sample."""
+        taken = {item.uri for item in self._files}
+        rest = [item.uri for item in self._listed if item.uri not in taken]
+        return [f"{len(rest):,} files are no samples in class folders and are left out, such as {', '.join(rest[:3])}"] if rest else []
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -78,6 +100,7 @@ class ExistingShards:
     uri: str
     classes: tuple[str, ...]
     total: int | None = None
+    _ignored: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def shards(self) -> list[StoredObject]:
@@ -99,15 +122,21 @@ class ExistingShards:
                 problems = Problems()
                 found = read_shard(path, item.uri, self.classes, problems)
                 problems.raise_unless_within(0, len(found))
+                self._ignored.update(problems.ignored)
                 with path.open("rb") as file:
                     for sample in found[max(0, start - passed) :]:
                         file.seek(sample.place.offset)
                         yield Sample(sample.key, file.read(sample.place.size), sample.label, sample.extension, sample.fields)
                 passed += len(found)
 
+    def left_out(self) -> list[str]:
+        """Sentences on the members that are no part of a sample, of the shards read so far."""
+        return Problems(ignored=self._ignored).left_out()
+
 
 def list_shards(uri: str) -> list[StoredObject]:
-    """The tars under a prefix, or the one tar. Raises `ObjectMissing` with the number of objects that were listed."""
+    """The tars under a prefix, or the one tar. Raises `ObjectMissing` with the number of objects that were listed, `BadRequest` for packed
+    tars among them, whose samples would be missed."""
     if not uri.endswith(".tar"):
         uri = f"{uri.rstrip('/')}/"
     storage.check(uri)
@@ -115,12 +144,20 @@ def list_shards(uri: str) -> list[StoredObject]:
     shards = [item for item in listed if item.uri.endswith(".tar")]
     if not shards:
         raise ObjectMissing(f"There are no .tar objects under {uri} ({len(listed):,} other objects); check the spelling of the prefix.")
+    if packed := [item.uri for item in listed if re.search(r"\.(tar\.\w+|tgz)$", item.uri)]:
+        raise BadRequest(
+            f"{packed[0]} is packed ({len(packed):,} such shards of {len(shards):,} plain ones): unpack it to .tar, or move it away."
+        )
     return shards
 
 
 def read_classes(uri: str) -> tuple[str, ...]:
     """Class names from a text file, one a line, the first is label 0."""
-    names = tuple(line.strip() for line in storage.read_bytes(uri).decode().splitlines() if line.strip())
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{uri} is no text in UTF-8 (byte {error.start}); write the class names in it, one a line.") from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(set(names)) != len(names) or not names:
         raise BadRequest(f"{uri} holds {len(names)} class names, {len(set(names))} of them different; write each once, one a line.")
     return names
@@ -129,7 +166,7 @@ def read_classes(uri: str) -> tuple[str, ...]:
 def safe_key(path: str) -> str:
     """A WebDataset key for a file: without dots, and as different as the paths are."""
     stem, _, extension = path.rpartition(".")
-    plain = re.sub(r"[^A-Za-z0-9_/-]", "_", f"{stem}-{extension}")
+    plain = re.sub(r"^__", "-_", re.sub(r"[^A-Za-z0-9_/-]", "_", f"{stem}-{extension}"))  # webdataset drops what begins as `__meta__/`
     if plain == f"{stem}-{extension}" and len(plain) < 80:
         return plain
     return f"{plain[:70]}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"

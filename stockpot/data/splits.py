@@ -62,6 +62,11 @@ def assign(points_N: NDArray[np.uint64], rule: SplitRule) -> NDArray[np.int8]:
     return np.where(held_out, 1, np.where(gate, 2, 0)).astype(np.int8)
 
 
+def asked(rule: SplitRule) -> list[int]:
+    """Split codes that the rule is to fill."""
+    return [0, *[1] * (rule.held_out_below > 0), *[2] * (rule.gate_below > rule.held_out_below)]
+
+
 def _cut(ordered: NDArray[np.uint64], share: float, begun: int, begun_at: int) -> int:
     if isinstance(share, float):
         return min(2**64, begun_at + int(share * 2**64))

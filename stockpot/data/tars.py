@@ -1,9 +1,9 @@
 """Reading a WebDataset tar strictly: every member accounted for, every departure from the format named.
 
-Stock readers take a damaged or missing header for the end of the archive, merge names with dots, split samples whose members are not
-adjacent, and drop hidden files, all in silence. Here the bytes after the last member must be the archive's end marker, and everything
-else is a `Problem`. Format: POSIX 1003.1-2001 (ustar, pax) and GNU headers as Python's tarfile reads them; names as in webdataset:
-the key is the path up to the first dot of its last part, the rest is the extension.
+Stock readers take a damaged or missing header for the end of the archive, stop before what was joined behind it, merge names with dots,
+split samples whose members are not adjacent, and drop hidden files, all in silence. Here nothing but zeros may follow the last member, at
+least the archive's end marker, and everything else is a `Problem`. Format: POSIX 1003.1-2001 (ustar, pax) and GNU headers as Python's
+tarfile reads them; names as in webdataset: the key is the path up to the first dot of its last part, the rest is the extension.
 """
 
 import json
@@ -74,11 +74,11 @@ def _entries(file: BinaryIO, size: int, name: str, problems: Problems) -> list[E
         folder, _, base = member.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
-            problems.ignored[f"member without key or extension, such as {member!r}"] += 1
+            problems.ignored["hidden, or without an extension"] += 1
             continue
         key = f"{folder}/{stem}" if folder else stem
         if _unsafe(member):
-            problems.add("unsafe member name", name, key, f"{member!r} is absolute, climbs with .. or has control characters")
+            problems.add("unsafe member name", name, key, f"{member!r} is absolute, climbs with .., has control characters or is __meta__")
             continue
         if not entries or entries[-1].key != key:
             entries.append(Entry(key))
@@ -98,7 +98,9 @@ def _members(file: BinaryIO, size: int, name: str, problems: Problems) -> Iterat
                 if end > size:
                     problems.add("truncated shard", name, member.name, f"{size:,} bytes, its last member ends at byte {end:,}")
                     return
-                if member.isreg():
+                if member.issparse():
+                    problems.add("sparse member", name, member.name, "its bytes do not lie in one piece; pack it without --sparse")
+                elif member.isreg():
                     yield member.name, Place(member.offset_data, member.size)
                 elif not member.isdir():
                     problems.ignored["links and devices"] += 1
@@ -116,6 +118,10 @@ def _members(file: BinaryIO, size: int, name: str, problems: Problems) -> Iterat
         problems.add("truncated shard", name, "", f"{size:,} bytes, no end marker after byte {end:,}: members may be missing")
     elif any(tail):
         problems.add("damaged header", name, "", f"the header at byte {end:,} of {size:,} is not valid; everything after it would be lost")
+    elif any(block.strip(b"\0") for block in iter(lambda: file.read(2**20), b"")):
+        problems.add(
+            "data after the end", name, "", f"the archive ends at byte {end:,} of {size:,}, more follows; pack joined archives anew as one"
+        )
 
 
 def _names_itself_tar(file: BinaryIO) -> bool:
@@ -124,7 +130,10 @@ def _names_itself_tar(file: BinaryIO) -> bool:
 
 
 def _unsafe(member: str) -> bool:
-    return member.startswith("/") or ".." in member.split("/") or any(ord(letter) < 32 or ord(letter) == 127 for letter in member)
+    """Names that mean another place, and those that webdataset drops in silence, such as `__meta__/a.png`."""
+    first, *_ = parts = member.split("/")
+    control = any(ord(letter) < 32 or ord(letter) == 127 for letter in member)
+    return member.startswith("/") or ".." in parts or control or bool(re.fullmatch("__.*__", first))
 
 
 def _adjacent(entries: list[Entry], name: str, problems: Problems) -> list[Entry]:
@@ -163,7 +172,7 @@ def _sample(file: BinaryIO, entry: Entry, name: str, classes: tuple[str, ...] | 
     if "json" in entry.members:
         try:
             fields = dict(json.loads(_bytes(file, entry.members["json"])))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             problems.add("json is no object", name, entry.key, str(error))
             return None
     label = _label(file, entry, fields, name, classes, problems)
@@ -191,7 +200,8 @@ def _label(
         problems.add("missing label", name, entry.key, "it has neither .cls nor a `label` in its json")
         return None
     if isinstance(raw, bool) or not re.fullmatch(r"\s*[+-]?\d{1,9}\s*", str(raw)):
-        problems.add("label not an integer", name, entry.key, f"label {str(raw)[:40]!r} is no integer and no class name")
+        way_out = "; a class name is read from the `label` of its json" if "cls" in entry.members else " and no class name"
+        problems.add("label not an integer", name, entry.key, f"label {str(raw)[:40]!r} is no integer{way_out}")
         return None
     return int(raw)
 

@@ -23,11 +23,11 @@ def decode(data: bytes) -> NDArray[np.int32]:
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise Undecodable(f"is no readable array of tokens ({str(error).splitlines()[0]}; starts with {data[:8]!r})") from error
+        raise Undecodable(f"is no readable array of tokens ({str(error).splitlines()[0]}; starts with {data[:8]!r})", "tokens") from error
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
-        raise Undecodable(f"is an array of {array.dtype} and shape {list(array.shape)}, needed is one row of integers")
+        raise Undecodable(f"is an array of {array.dtype} and shape {list(array.shape)}, needed is one row of integers", "tokens")
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
-        raise Undecodable(f"holds the numbers {array.min()} to {array.max()}, needed are ids from 0 on")
+        raise Undecodable(f"holds the numbers {array.min()} to {array.max()}, needed are ids from 0 on", "tokens")
     return array.astype(np.int32)
 
 
@@ -35,9 +35,9 @@ def fit(ids: NDArray[np.int32], tokens: Tokens) -> Tensor:
     """A model's input, int32 (length,). Raises `Undecodable` for an id outside the vocabulary, and where nothing is left to read."""
     kept = ids[: tokens.length]
     if (highest := int(kept.max())) >= tokens.vocabulary:
-        raise Undecodable(f"holds token {highest}, the vocabulary ends at {tokens.vocabulary - 1}")
+        raise Undecodable(f"holds token {highest}, the vocabulary ends at {tokens.vocabulary - 1}", "tokens")
     if (kept == tokens.padding).all():
-        raise Undecodable(f"holds nothing but padding (token {tokens.padding})")
+        raise Undecodable(f"holds nothing but padding (token {tokens.padding})", "tokens")
     filled = np.full(tokens.length, tokens.padding, np.int32)
     filled[: len(kept)] = kept
     return torch.from_numpy(filled)

@@ -191,7 +191,7 @@ def _pieces(model: Classifier, reader: TrainReader, device: str, say: Say, first
 
 def _require_readable(unreadable: int, samples: int, skip_fraction: float) -> None:
     """Features that lie here may have been computed for a request that allows more. Raises `SkipBudgetExceeded`."""
-    if unreadable > int(skip_fraction * samples):
+    if unreadable > int(skip_fraction * samples + 1e-6):
         raise SkipBudgetExceeded(
             f"{unreadable:,} of {samples:,} train samples are unreadable, `skip_fraction` allows {skip_fraction:g} of all: repair them, or "
             "allow more."

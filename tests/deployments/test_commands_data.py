@@ -36,13 +36,15 @@ def run(*words: object) -> Any:
 
 
 def test_a_folder_of_class_folders_becomes_a_snapshot_that_verifies(folders: Path, tmp_path: Path) -> None:
+    (folders / "ant" / "notes.txt").write_text("no picture")
     answer = run("publish", folders, tmp_path / "data", *SPLITS, "--json")
     assert answer.exit_code == 0, answer.output
     document = json.loads(answer.stdout)
+    assert f"1 files are no samples in class folders and are left out, such as {folders}/ant/notes.txt" in document["warnings"]
     assert document["splits"]["held_out"] == 20
     assert pin(str(tmp_path / "data")).digest == document["digest"]
     assert open_snapshot(pin(document["uri"])).classes == CLASSES
-    assert run("verify", tmp_path / "data").exit_code == 0
+    assert "as they were (sizes; --deep reads every byte)" in run("verify", tmp_path / "data").stdout
     assert "every byte read" in run("verify", tmp_path / "data", "--deep").stdout
 
 
@@ -70,6 +72,7 @@ def test_shards_are_registered_where_they_lie(folders: Path, tmp_path: Path) -> 
     snapshot = open_snapshot(pin(str(tmp_path / "other")))
     assert snapshot.classes == CLASSES
     assert Path(snapshot.shard_uri(0)).parent == tmp_path / "data" / "shards"
+    assert "(sizes and etags)" in run("verify", tmp_path / "other").stdout
     again = run("publish", tmp_path / "data" / "shards", tmp_path / "anew", "--classes", names, *SPLITS)
     assert again.exit_code == 0, again.output
 

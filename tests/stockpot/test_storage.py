@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from stockpot import storage
 from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, SnapshotBroken, StorageError, StorageRefused
@@ -64,6 +65,64 @@ def test_a_file_goes_up_and_comes_down_whole_and_a_wrong_hash_is_refused(root: s
 def test_an_empty_object_is_read_as_empty(root: str) -> None:
     storage.write_bytes(storage.join(root, "empty"), b"")
     assert storage.read_bytes(storage.join(root, "empty")) == b""
+
+
+def test_names_are_what_they_are_whatever_letters_they_have(root: str) -> None:
+    names = ["ä ö/b c#1?.txt", "a[1]/[x]*.txt", "a%20b/c+d.txt"]
+    for name in names:
+        storage.write_bytes(storage.join(root, name), name.encode())
+    assert sorted(item.uri for item in storage.list_prefix(f"{root}/")) == sorted(storage.join(root, name) for name in names)
+    for name in names:
+        assert storage.read_bytes(storage.join(root, name)) == name.encode()
+        assert [item.uri for item in storage.list_prefix(storage.join(root, name)[:-2])] == [storage.join(root, name)]
+    assert storage.folders(root) == ["a%20b", "a[1]", "ä ö"]
+
+
+def test_links_are_followed_once_and_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "real" / "deep" / "1").write_bytes(b"1")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "folder").symlink_to(tmp_path / "real")
+    (root / "again").symlink_to(tmp_path / "real" / "deep")
+    (root / "file").symlink_to(tmp_path / "real" / "deep" / "1")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "deep" / "round").symlink_to(root)
+    assert [item.uri.removeprefix(f"{root}/") for item in storage.list_prefix(f"{root}/")] == ["again/1", "file", "folder/deep/1"]
+    (root / "lost").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ObjectMissing, match=rf"{root}/lost is a link to {tmp_path}/unmounted, where nothing is"):
+        storage.list_prefix(f"{root}/")
+
+
+def test_a_store_that_passes_over_conditions_is_found_out(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = s3.uri("passing", "over")
+    storage.write_bytes(uri, b"old content")
+    etag = storage.list_prefix(uri)[0].etag
+    storage.write_bytes(uri, b"new content!")
+    call = s3fs.S3FileSystem._call_s3
+
+    async def without_if_match(self: s3fs.S3FileSystem, method: str, *args: object, **named: object) -> object:
+        named.pop("IfMatch", None)
+        return await call(self, method, *args, **named)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", without_if_match)
+    with pytest.raises(SnapshotBroken, match="replaced"):
+        storage.fetch(uri, lambda _: None, etag=etag)
+
+
+def test_an_upload_that_nobody_reads_is_given_up(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = tmp_path / "big"
+    big.write_bytes(bytes(12 * 2**20))
+    monkeypatch.setattr("stockpot.s3.CALL_S", 1)
+    monkeypatch.setattr("stockpot.s3.SLOWEST_BYTES_PER_S", 2**24)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(ServerUnreachable, match=r"no answer within 1\.75 s"):
+            storage.upload(big, s3.uri("some"))
+        assert time.monotonic() - started < SOON_S
 
 
 def test_what_is_missing_is_named(root: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from stockpot import s3_bodies, storage
 from stockpot.data.shards import TrainReader, pixels
@@ -79,6 +80,22 @@ def test_a_cut_of_every_connection_after_some_bytes_still_reads_everything(
     proxy.break_next("cut", times=10**6, after=1_000_000)
     reader = read_all(open_snapshot(pinned), reading)
     assert reader.counters["retries"] >= proxy.broken >= 9
+
+
+def test_a_store_that_cannot_give_a_range_is_named_and_no_byte_is_taken_twice(
+    published: Snapshot, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = s3fs.S3FileSystem._call_s3
+
+    async def from_the_start(self: s3fs.S3FileSystem, method: str, *args: object, **named: object) -> object:
+        named.pop("Range", None)
+        return await call(self, method, *args, **named)
+
+    lose_patience(published, monkeypatch, 1)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", from_the_start)
+    proxy.break_next("stall", times=10**6, after=40_000)
+    with pytest.raises(StorageError, match=r"shards/\w{64}\.tar was asked for from byte [\d,]+ on, and its store cannot give a range"):
+        storage.read_bytes(published.shard_uri(0))
 
 
 @READINGS

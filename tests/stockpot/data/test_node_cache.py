@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -187,6 +188,87 @@ def test_a_process_killed_while_filling_leaves_the_other_a_whole_shard(snapshot:
     assert results.get(timeout=PATIENCE_S) == sum(shard.size for shard in snapshot.manifest.shards)
     other.join()
     assert all(path.suffix == ".tar" for path in files(node))
+
+
+def test_a_process_that_waits_for_a_stopped_one_says_so_instead_of_waiting_for_ever(
+    snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    victim = context.Process(target=_fill_slowly, args=(snapshot, begun))
+    victim.start()
+    try:
+        assert begun.wait(PATIENCE_S)
+        os.kill(victim.pid or 0, signal.SIGSTOP)
+        monkeypatch.setattr(node_cache, "STANDSTILL_S", 0.5)
+        with pytest.raises(Interrupted, match=r"lock and has got no further than [\d,]+ bytes for 0\.5 s: it is stopped or hangs"):
+            snapshot.fetch_shard(0)
+    finally:
+        os.kill(victim.pid or 0, signal.SIGKILL)
+        victim.join()
+    assert not snapshot.fetch_shard(0).hit
+
+
+def test_a_failure_is_not_shared_with_those_who_ask_later_whatever_the_clock_says(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_given: object, **_named: object) -> object:
+        raise Interrupted("It stopped.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "fetch_hashed", cut)
+        with pytest.raises(Interrupted):
+            snapshot.fetch_shard(0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    assert not snapshot.fetch_shard(0).hit
+
+
+@pytest.mark.parametrize("left", ['[1e9, "Interrupted", "before this node was started"]', '[17.5, "Inter'])
+def test_what_a_dead_process_left_in_a_lock_stops_nobody(snapshot: Snapshot, left: str) -> None:
+    lock = NodeCache().path(snapshot.manifest.shards[0].sha256).with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text(left)
+    assert not snapshot.fetch_shard(0).hit
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for use in (lambda: snapshot.fetch_shard(0), lambda: snapshot.index, snapshot.fits, lambda: NodeCache().evict(1), NodeCache().free):
+        with pytest.raises(DataError, match=r"cannot be written to disk: Not a directory\. Let this user write there"):
+            use()
+
+
+def test_the_failure_is_said_where_the_disk_has_no_room_to_note_it(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(DataError, match=r"cannot be written to disk: No space left on device\. Free some space"):
+        snapshot.fetch_shard(0)
+
+
+def test_what_another_process_renames_under_the_janitors_eyes_is_passed_over(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = snapshot.fetch_shard(0).path
+    monkeypatch.setattr(NodeCache, "_idle", lambda self, own=(): [kept.with_suffix(".1.part"), kept])
+    monkeypatch.setattr(NodeCache, "free", lambda self: 0)
+    assert NodeCache().evictable([]) == kept.stat().st_size
+    NodeCache().evict(1)
+    assert not kept.exists()
+
+
+def test_an_open_index_outlives_its_eviction_and_travels_without_its_rows(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = snapshot.index.keys(0, 90)
+    travelled = pickle.dumps(snapshot)
+    monkeypatch.setattr(NodeCache, "free", lambda self: 0)
+    assert NodeCache().evict(1) >= 2
+    assert snapshot.index.keys(0, 90) == keys
+    monkeypatch.undo()
+    other = pickle.loads(travelled)
+    assert "index" not in other.__dict__
+    assert other.digest == snapshot.digest
 
 
 def test_who_waits_for_another_process_says_so_once(tmp_path: Path) -> None:

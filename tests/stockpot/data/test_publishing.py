@@ -10,7 +10,8 @@ import webdataset as wds
 from PIL import Image
 
 from stockpot import storage
-from stockpot.data import manifests, snapshots
+from stockpot.config import PinnedSnapshot
+from stockpot.data import manifests, publishing, snapshots
 from stockpot.data.examination import ProblemsFound
 from stockpot.data.publishing import GivenSamples, Sample, publish
 from stockpot.data.snapshots import open_snapshot, pin
@@ -42,6 +43,16 @@ def test_the_index_points_at_the_very_bytes(tmp_path: Path) -> None:
         shard = (tmp_path / snapshot.manifest.shards[row["shard"]].key).read_bytes()
         assert shard[row["offset"] : row["offset"] + row["size"]] == picture(int(key[1:]))
         assert row["label"] == int(key[1:]) % 3
+
+
+@pytest.mark.parametrize("key", ["käfer/ä", "deep/" * 30 + "down", "x" * 99, "x" * 95])
+def test_the_index_points_at_the_very_bytes_behind_long_names_and_others_than_ascii(tmp_path: Path, key: str) -> None:
+    given = [Sample(f"{key}{number}", picture(number), number % 3, fields={"n": number}) for number in range(9)]
+    snapshot = open_snapshot(publish(str(tmp_path), "names", CLASSES, GivenSamples(given), splits="test"))
+    (shard,) = shards_of(tmp_path)
+    data = shard.read_bytes()
+    assert [data[row["offset"] : row["offset"] + row["size"]] for row in snapshot.index.rows] == [one.data for one in given]
+    assert [sample["__key__"] for sample in wds.WebDataset([str(shard)], shardshuffle=False)] == snapshot.index.keys(0, 9)
 
 
 def test_stock_webdataset_reads_our_shards(tmp_path: Path) -> None:
@@ -91,6 +102,33 @@ def test_an_interrupted_publication_leaves_no_snapshot_and_goes_on_after_its_las
     assert not list((tmp_path / "publishing").rglob("*.parquet"))
 
 
+def test_a_shard_that_was_cut_in_storage_is_mended_by_publishing_it_again(tmp_path: Path) -> None:
+    snapshot = open_snapshot(publish_tiny(str(tmp_path)))
+    shard, index = Path(snapshot.shard_uri(2)), tmp_path / snapshot.manifest.index.key
+    whole = {path: path.read_bytes() for path in (shard, index)}
+    for path, data in whole.items():
+        path.write_bytes(data[:-512])
+    assert open_snapshot(publish_tiny(str(tmp_path))).digest == snapshot.digest
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_the_share_that_is_said_to_let_unreadable_pictures_in_does(tmp_path: Path) -> None:
+    given = [*samples(71), *(Sample(f"bad{number}", b"no image", number % 3) for number in range(29))]
+    with pytest.raises(ProblemsFound, match=r"--skip-fraction 0\.29\.$"):
+        publish(str(tmp_path), "some", CLASSES, GivenSamples(given), splits="train")
+    pinned = publish(str(tmp_path), "some", CLASSES, GivenSamples(given), splits="train", skip_fraction=0.29)
+    assert open_snapshot(pinned).manifest.unreadable == 29  # 0.29 * 100 is less
+
+
+def test_a_disk_that_fills_while_a_shard_is_packed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publishing, "_append", full)
+    with pytest.raises(DataError, match=r"shard\.tar cannot be written to disk: No space left on device\. Free some space"):
+        publish_tiny(str(tmp_path))
+
+
 def test_a_crash_before_the_manifest_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise RuntimeError("power cut")
@@ -100,6 +138,38 @@ def test_a_crash_before_the_manifest_publishes_nothing(tmp_path: Path, monkeypat
         publish_tiny(str(tmp_path))
     with pytest.raises(SnapshotMissing):
         pin(str(tmp_path))
+
+
+def test_two_publishers_of_one_source_at_once_both_end_with_the_same_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts where the first has stored all, and finds its records going away under its hands."""
+    rule = SplitSpec(held_out=0.2, gate=0.2)
+
+    def run() -> PinnedSnapshot:
+        return publish(str(tmp_path), "tiny", CLASSES, Stopping((), identity="source"), splits=rule, shard_bytes=30_000)
+
+    second: list[PinnedSnapshot] = []
+    read = storage.read_bytes
+
+    def finish_first(uri: str) -> bytes:
+        if uri.endswith("000002.parquet") and forgotten:
+            forgotten.pop()()
+        return read(uri)
+
+    commit, forgotten = manifests.commit, []
+
+    def commit_both(root: str, manifest: snapshots.Manifest) -> PinnedSnapshot:
+        pinned = commit(root, manifest)
+        if not second:
+            second.append(pinned)
+            (records,) = (tmp_path / "publishing").iterdir()
+            forgotten.append(lambda: [path.unlink() for path in records.iterdir()])
+            second.append(run())
+        return pinned
+
+    monkeypatch.setattr(storage, "read_bytes", finish_first)
+    monkeypatch.setattr(manifests, "commit", commit_both)
+    assert run() == second[1]
+    assert not forgotten
 
 
 def test_two_publishers_on_s3_never_overwrite_each_other(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +251,9 @@ def test_samples_may_be_grouped_by_a_field_of_their_json(tmp_path: Path) -> None
     assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
     with pytest.raises(ProblemsFound, match="missing group field"):
         publish(f"{tmp_path}/none", "none", CLASSES, GivenSamples(list(samples(90))), splits=rule)
+    twins = [Sample(f"twin-{one.key}", one.data, one.label, one.extension, {"patient": f"other {one.key}"}) for one in given]
+    with pytest.raises(DataError, match=r"pictures would be in several splits, needed 0: .* samples 's\d+' and 'twin-s\d+' are the same"):
+        publish(f"{tmp_path}/twins", "twins", CLASSES, GivenSamples([*given, *twins]), splits=rule)
 
 
 def test_growing_a_dataset_keeps_every_old_sample_in_its_split(tmp_path: Path) -> None:
@@ -205,6 +278,9 @@ def test_growing_a_dataset_keeps_every_old_sample_in_its_split(tmp_path: Path) -
 def test_a_split_without_a_class_is_refused_and_a_thin_one_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cat \(0\)"):
         publish(str(tmp_path), "two", CLASSES, GivenSamples([one for one in samples(60) if one.label < 2]), splits="test")
+    for spec, empty in [(SplitSpec(held_out=1e-9, gate=20), "held_out"), (SplitSpec(held_out=0.7, gate=0.7), "train")]:
+        with pytest.raises(DataError, match=rf"Split {empty} has no samples of 3 of 3 classes: ant \(0\)"):
+            publish_tiny(str(tmp_path), 60, splits=spec)
     snapshot = open_snapshot(publish_tiny(str(tmp_path), 60, splits=SplitSpec(held_out=10, gate=30)))
     assert any("held_out has fewer than 5" in sentence for sentence in manifests.thin_classes(snapshot))
 

@@ -11,9 +11,9 @@ from stockpot.data.examination import ProblemsFound
 from stockpot.data.registering import register, verify
 from stockpot.data.shards import TrainReader, pixels
 from stockpot.data.snapshots import open_snapshot, pin
-from stockpot.data.sources import ClassFolders, ExistingShards, safe_key
+from stockpot.data.sources import ClassFolders, ExistingShards, read_classes, safe_key
 from stockpot.data.splits import SplitSpec
-from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken
+from stockpot.errors import BadRequest, DataError, ObjectMissing, SnapshotBroken
 from tests.object_store import ObjectStore
 from tests.stockpot.data.test_tars import GOOD, PICTURES, flipped, sample, second, tar
 from tests.tiny_data import CLASSES, PREPROCESS, picture, publish_tiny
@@ -85,6 +85,31 @@ def test_a_shard_listed_twice_and_a_prefix_without_tars_are_refused(tmp_path: Pa
         registered(f"{tmp_path}/other")
 
 
+def test_packed_tars_among_the_shards_are_refused(tmp_path: Path) -> None:
+    lay(str(tmp_path), shards=1)
+    (tmp_path / "part-001.tar.gz").write_bytes(b"more samples")
+    with pytest.raises(BadRequest, match=r"part-001\.tar\.gz is packed \(1 such shards of 1 plain ones\)"):
+        registered(str(tmp_path))
+
+
+def test_one_wrong_label_does_not_make_a_million_classes(tmp_path: Path) -> None:
+    lay(str(tmp_path), shards=1)
+    (tmp_path / "typo.tar").write_bytes(tar(sample("t", b"99999")))
+    with pytest.raises(DataError, match=r"highest label is 99,999 among 25 samples"):
+        register([str(tmp_path)], root=str(tmp_path), name="x", classes=None, splits="test")
+
+
+def test_members_that_are_no_part_of_a_sample_are_said(tmp_path: Path) -> None:
+    lay(str(tmp_path), shards=1)
+    (tmp_path / "hidden.tar").write_bytes(tar([*sample("h", b"1", picture(99)), (".h.png", b"x"), ("README", b"hi")]))
+    said: list[str] = []
+    registered(str(tmp_path), say=said.append)
+    assert said == ["2 members are left out: hidden, or without an extension"]
+    source = ExistingShards(str(tmp_path), CLASSES)
+    assert len(list(source.samples(0))) == 25
+    assert source.left_out() == said
+
+
 def test_an_interrupted_registration_reads_no_shard_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(str(tmp_path))
     read: list[str] = []
@@ -151,6 +176,54 @@ def test_class_folders_become_samples_with_safe_and_different_keys(tmp_path: Pat
     (tmp_path / "dog/new.png").write_bytes(picture(9))
     assert ClassFolders(str(tmp_path)).identity != identity
     assert safe_key("x/" + "long" * 50 + ".png") != safe_key("x/" + "long" * 51 + ".png")
+    (left_out,) = ClassFolders(str(tmp_path)).left_out()
+    assert left_out.startswith("3 files are no samples in class folders and are left out, such as ")
+    assert all(f"{tmp_path}/{name}" in left_out for name in ("ant/.hidden.png", "ant/notes.txt", "top.png"))
+    assert safe_key("__meta__/a.png").startswith("-_meta__/a-png-")  # webdataset drops `__meta__/`
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"a\nb.png"])
+def test_file_names_that_no_manifest_can_hold_are_refused(tmp_path: Path, name: bytes) -> None:
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / os.fsdecode(name)).write_bytes(picture(0))
+    with pytest.raises(BadRequest, match=r"1 file names are no printable UTF-8, such as '.*\\(udce9|n).*png': rename them"):
+        list(ClassFolders(str(tmp_path)).samples(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ant\nbée\n", None),
+        ("\ufeffant\r\nbée", None),
+        (b"ant\nb\xe9e", "no text in UTF-8 .byte 5"),
+        ("ant\nant", "2 class names, 1 of them"),
+    ],
+)
+def test_class_names_are_read_as_they_are_meant(tmp_path: Path, text: str | bytes, said: str | None) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if said is None:
+        assert read_classes(str(path)) == ("ant", "bée")
+    else:
+        with pytest.raises(BadRequest, match=said):
+            read_classes(str(path))
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "s3"])
+def test_a_class_folder_without_pictures_is_refused(tmp_path: Path, remote: bool, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue("s3").uri(tmp_path.name, "ä b") if remote else f"{tmp_path}/ä b"
+    for number, name in enumerate(["ant/1.png", "bee/deep/2.PNG", "cat dög/3.heic", ".git/4"]):
+        storage.write_bytes(f"{root}/{name}", picture(number))
+    with pytest.raises(ObjectMissing, match=r"1 folders under .* hold no samples \(cat dög\), needed is at least one"):
+        list(ClassFolders(root).samples(0))
+    storage.write_bytes(f"{root}/cat dög/4.png", picture(9))
+    source = ClassFolders(root)
+    assert source.classes == ("ant", "bee", "cat dög")
+    assert [one.label for one in source.samples(0)] == [0, 1, 2]
+    if not remote:
+        (tmp_path / "ä b" / "dog").mkdir()
+        with pytest.raises(ObjectMissing, match=r"\(dog\)"):
+            list(ClassFolders(root).samples(0))
 
 
 def test_shards_can_be_packed_anew_and_a_flawed_one_stops_it(tmp_path: Path) -> None:

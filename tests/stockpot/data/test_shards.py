@@ -155,22 +155,9 @@ def test_everything_is_counted(snapshot: Snapshot) -> None:
     list(first.batches(0))
     list(second.batches(0))
     train, shards = snapshot.counts["train"], len(snapshot.manifest.shards)
-    assert dict(first.counters) == {
-        "planned": train,
-        "read": train,
-        "skipped": 0,
-        "bytes_from_storage": size,
-        "cache_hits": 0,
-        "retries": 0,
-    }
-    assert dict(second.counters) == {
-        "planned": train,
-        "read": train,
-        "skipped": 0,
-        "bytes_from_storage": 0,
-        "cache_hits": shards,
-        "retries": 0,
-    }
+    none = {"skipped": 0, "skipped_empty": 0, "skipped_image": 0, "skipped_tokens": 0, "retries": 0}
+    assert dict(first.counters) == {"planned": train, "read": train, "bytes_from_storage": size, "cache_hits": 0, **none}
+    assert dict(second.counters) == {"planned": train, "read": train, "bytes_from_storage": 0, "cache_hits": shards, **none}
 
 
 class Slow(Counter[str]):
@@ -192,16 +179,19 @@ def test_what_a_thread_fetches_is_counted_while_a_batch_is(snapshot: Snapshot, r
 
 @pytest.mark.parametrize("reading", ["cached", "streamed"])
 def test_unreadable_samples_are_counted_by_name_and_stop_the_trial_over_the_budget(tmp_path: Path, node: Path, reading: Any) -> None:
-    given = [*samples(60), *(Sample(f"bad{number}", b"<html>", number % 3) for number in range(3))]
+    given = [*samples(60), *(Sample(f"bad{number}", data, number) for number, data in enumerate((b"<html>", b"<xml>", b"")))]
     snapshot = open_snapshot(
         publish(f"{tmp_path}/data", "some", CLASSES, GivenSamples(given), splits=SplitSpec(held_out=0.3, gate=0.3), skip_fraction=0.1)
     )
     tolerant = reader(snapshot, skip_fraction=0.2, reading=reading)
     assert sum(len(batch.labels) for batch in tolerant.batches(0)) == snapshot.counts["train"] - 3
     assert tolerant.counters["skipped"] == 3
+    assert {kind: tolerant.counters[f"skipped_{kind}"] for kind in ("empty", "image", "tokens")} == {"empty": 1, "image": 2, "tokens": 0}
     assert sorted(line.split("'")[1] for line in tolerant.skipped) == ["bad0", "bad1", "bad2"]
+    with pytest.raises(SkipBudgetExceeded, match=r"A batch of epoch 0 has 1 samples, all unreadable, .* sample 'bad\d' is "):
+        list(reader(snapshot, skip_fraction=0.2, reading=reading, batch_size=1).batches(0))
     with pytest.raises(
-        SkipBudgetExceeded, match=r"1 of \d+ samples of epoch 0 are unreadable, 0 are allowed .* sample 'bad\d' is not a readable"
+        SkipBudgetExceeded, match=r"1 of \d+ samples of epoch 0 are unreadable, 0 are allowed .* sample 'bad\d' is (not a readable|empty)"
     ):
         list(reader(snapshot, reading=reading).batches(0))
 
@@ -272,10 +262,11 @@ def test_pixels_that_a_disk_damaged_are_built_again(snapshot: Snapshot, node: Pa
     assert np.array_equal(pixels(snapshot, "gate", PREPROCESS).images, expected)
 
 
-def test_a_build_that_was_killed_is_built_again(snapshot: Snapshot, node: Path) -> None:
+@pytest.mark.parametrize("left", [None, "", '{"images'])
+def test_a_build_that_was_killed_is_built_again(snapshot: Snapshot, node: Path, left: str | None) -> None:
     expected = np.array(pixels(snapshot, "gate", PREPROCESS).images)
     (folder,) = [path for path in (node / "pixels").iterdir() if path.is_dir()]
-    (folder / "meta.json").unlink()
+    (folder / "meta.json").unlink() if left is None else (folder / "meta.json").write_text(left)
     (folder.parent / f"{folder.name}.dead.part").mkdir()
     assert np.array_equal(pixels(snapshot, "gate", PREPROCESS).images, expected)
     assert not list((node / "pixels").glob("*.part"))

@@ -27,6 +27,19 @@ def sample(key: str, label: bytes = b"1", image: bytes = PICTURES[0]) -> list[tu
     return [(f"{key}.cls", label), (f"{key}.png", image)]
 
 
+def sparse(members: list[tuple[str, bytes]]) -> bytes:
+    """As `tar --sparse` leaves it: the picture is one byte after a hole of a block, by its map."""
+    data = bytearray(tar(members[:-1])[: 2 * 512])
+    info = tarfile.TarInfo(members[-1][0])
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 1
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (512, 1)
+    header[483:495] = b"%011o\0" % 513
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(data + header + b"x".ljust(512, b"\0") + bytes(1024))
+
+
 GOOD = tar([*sample("a"), *sample("b"), *sample("c")])
 
 
@@ -82,6 +95,10 @@ BROKEN = {
     "climbing name": (tar(sample("../../etc/x")), "unsafe member name"),
     "absolute name": (tar(sample("/abs/y")), "unsafe member name"),
     "newline in name": (tar(sample("a\nb")), "unsafe member name"),
+    "a name that webdataset drops": (tar(sample("__meta__/a")), "unsafe member name"),
+    "two archives joined": (GOOD + tar(sample("d")), "data after the end"),
+    "a json deeper than any": (tar([("a.json", b"[" * 10**5), ("a.png", PICTURES[0])]), "json is no object"),
+    "a sparse member": (sparse(sample("a")), "sparse member"),
 }
 
 
@@ -100,6 +117,7 @@ def test_hidden_members_and_files_without_extension_are_counted(tmp_path: Path) 
     assert [one.key for one in found] == ["a"]
     assert sum(problems.ignored.values()) == 2
     assert not problems.counts
+    assert problems.left_out() == ["2 members are left out: hidden, or without an extension"]
 
 
 def test_a_label_may_be_a_field_of_the_json_by_number_or_name(tmp_path: Path) -> None:
@@ -107,6 +125,12 @@ def test_a_label_may_be_a_field_of_the_json_by_number_or_name(tmp_path: Path) ->
     found, problems = read(tmp_path, tar(members))
     assert [(one.label, one.fields.get("patient")) for one in found] == [(2, 7), (1, None)]
     assert not problems.counts
+
+
+def test_a_class_name_in_a_cls_is_told_where_it_belongs(tmp_path: Path) -> None:
+    _, problems = read(tmp_path, tar(sample("a", b"cat")))
+    (problem,) = problems.examples["label not an integer"]
+    assert problem.detail == "label 'cat' is no integer; a class name is read from the `label` of its json"
 
 
 def test_long_names_in_folders_are_read_in_gnu_and_pax_format(tmp_path: Path) -> None:
