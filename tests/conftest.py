@@ -1,6 +1,7 @@
 """What every test module may use: one real S3 server and one real MLflow server for the session, and the ground of tiny sweeps.
 Import nothing heavy here."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_configure() -> None:
+    """Told to end, as by a CI at its limit, leave as at Ctrl-C: what the fixtures started ends with them."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
