@@ -3,11 +3,13 @@ are told, rebuilt to the bit and kept, and what may not be borrowed is left out,
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from stockpot.checkpoints import load_weights
@@ -168,28 +170,46 @@ def test_shared_samples_are_found_by_what_they_show(ground: Ground, node: Path, 
     assert shared_samples(ours, ("held_out", "gate"), same, ("train", "held_out", "test")) == len(mine & theirs) > 0
 
 
+def across(folder: Path, spec: SweepSpec, model: str, data: PinnedData, soup: SoupSpec) -> Sweep:
+    """A finished sweep with real trials: a zero-shot head from the dataset's own class names, frozen, over one CLIP body."""
+    (folder / "config.json").write_text(json.dumps(ARCH))
+    base, head = BaseSpec(arch=str(folder / "config.json")), InitSpec(head="zero_shot", freeze_head=True)
+    init = prepare(base, head, data.snapshot, f"{folder}/store")
+    require_lenders(soup, init)
+    request = RetrainRequest(
+        model=model, store=f"{folder}/store", data=DataSpec(snapshot=data.snapshot.uri), base=base, init=head, soup=soup, sweep=spec
+    )
+    sweep = plan(request, data, init)
+    tracking.open_sweep(sweep)
+    for trial in sweep.trials:
+        run_trial(trial, say=lambda _line: None)
+    tracking.close_sweep(sweep.id, "FINISHED", {"finished": len(sweep.trials)})
+    return sweep
+
+
+@pytest.mark.slow
+def test_a_dataset_that_nobody_trained_on_gets_the_bodies_of_others(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    """The ready-made request `across_datasets`, whose sweep is its zero-shot init."""
+    asked = yaml.safe_load((Path(__file__).parents[3] / "deployments" / "requests" / "across_datasets.yaml").read_text())
+    settings = TrialSettings(batch_size=20, epochs=2, learning_rate=1e-3, warmup_steps=0)
+    lender = f"lender-{uuid4().hex[:8]}"
+    theirs = across(tmp_path, SweepSpec(trials=2, settings=settings), lender, animals(tmp_path), SoupSpec())
+    mine = across(
+        tmp_path, SweepSpec.model_validate(asked["sweep"]), f"untrained-{uuid4().hex[:8]}", ground.data, SoupSpec(bodies_of={lender: 4})
+    )
+    report = cook(mine.id, say=lambda _line: None)
+    (init,) = mine.trials
+    assert {step.trial_id for step in report.steps} == {init.id, *(trial.id for trial in theirs.trials)}
+    assert report.scores["greedy"].held_out.correct >= tracking.find_ingredients(mine)[0].held_out.correct
+    version = releasing.register(report)
+    assert reproduce(f"{version.model}/{version.version}").soup_sha256 == report.soup_sha256
+
+
 @pytest.mark.slow
 def test_two_datasets_are_trained_apart_and_souped_told_rebuilt_and_kept(ground: Ground, ledger: str, tmp_path: Path) -> None:
     """The whole path with real trials: a zero-shot head from each dataset's own class names, frozen, over one CLIP body."""
-    (tmp_path / "config.json").write_text(json.dumps(ARCH))
-    base, spec = BaseSpec(arch=str(tmp_path / "config.json")), InitSpec(head="zero_shot", freeze_head=True)
-
     settings = TrialSettings(batch_size=20, epochs=2, learning_rate=1e-3, warmup_steps=0, ema_decays=(0.9,))
-
-    def trained(model: str, data: PinnedData, soup: SoupSpec) -> Sweep:
-        init = prepare(base, spec, data.snapshot, f"{tmp_path}/store")
-        require_lenders(soup, init)
-        request = RetrainRequest(
-            model=model, store=f"{tmp_path}/store", data=DataSpec(snapshot=data.snapshot.uri), base=base, init=spec, soup=soup,
-            sweep=SweepSpec(trials=2, settings=settings),
-        )  # fmt: skip
-        sweep = plan(request, data, init)
-        tracking.open_sweep(sweep)
-        for trial in sweep.trials:
-            run_trial(trial, say=lambda _line: None)
-        tracking.close_sweep(sweep.id, "FINISHED", {"finished": 2})
-        return sweep
-
+    trained = partial(across, tmp_path, SweepSpec(trials=2, settings=settings))
     names = [f"across-{uuid4().hex[:8]}" for _ in range(2)]
     theirs = trained(names[0], animals(tmp_path), SoupSpec())
     releasing.register(cook(theirs.id, say=lambda _line: None))
