@@ -1,20 +1,26 @@
 """Promise: the ready-made requests are valid, name only what exists, and their sweeps are the published ones: the distribution of the
 random search, every cell of a grid, and each value that Wortsman et al. 2022 (arXiv:2203.05482) give for the other backbones."""
 
+import copy
 import math
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
-from stockpot.config import RetrainRequest, SweepSpec
-from stockpot.models.bases import require_known
+from stockpot.config import TEXT_PREFIX, RetrainRequest, SweepSpec
+from stockpot.data.snapshots import open_snapshot
+from stockpot.models.bases import load_base, require_known
+from stockpot.models.classifier import build
 from stockpot.preparation import Preprocess
 from stockpot.spaces import Choice, IntUniform, LogUniform, Sometimes, Uniform
 from stockpot.sweeps import UNTRAINED, allotted, draw
 from stockpot.training.augmentation import augmentation
+from stockpot.training.course import fine_tune
+from tests.tiny_texts import BERT, TOPICS, encoder, publish_texts
 
 FOLDER = Path(__file__).parents[2] / "deployments" / "requests"
 
@@ -32,6 +38,24 @@ def test_every_request_is_valid_and_draws_its_trials(path):
     pictures = Preprocess(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
     for name in {name for one in trials for name in (one.augmentation, one.last_epoch_augmentation) if name}:
         augmentation(name, pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_trials_of_every_request_can_be_trained(path, ground, node, tmp_path):
+    """The first eight of each, on tiny pictures or texts, made short: whatever they combine goes together."""
+    asked, model, data = request(path.stem), build(ground.config), ground.data.snapshot
+    if asked.base.arch.startswith(TEXT_PREFIX):
+        data = publish_texts(f"{tmp_path}/texts")
+        model = build(load_base(encoder(tmp_path, BERT)).config(TOPICS))
+    for settings in draw(asked.sweep)[:8]:
+        short = {"batch_size": 20, "epochs": 1, "max_steps": settings.max_steps and 3, "warmup_steps": 1}
+        evaluated = settings.evaluate_every_steps and 2
+        candidates = fine_tune(
+            copy.deepcopy(model), settings.model_copy(update={**short, "evaluate_every_steps": evaluated}), open_snapshot(data)
+        )
+        assert candidates.keys() == {0.0, *settings.ema_decays}
+        assert all(torch.isfinite(tensor).all() for one in candidates.values() for tensor in one.weights.values())
 
 
 def test_the_random_search_has_the_published_space():
