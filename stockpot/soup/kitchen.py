@@ -137,8 +137,8 @@ class Kitchen:
         return sum(stove.samples for stove in self.stoves) - self.speculated
 
     def _mixing_batches(self, spec: MixingSpec) -> Iterator[tuple[Tensor, Tensor]]:
-        seen = self.splits["held_out"]
-        numbers = (~self.unseen(spec.share)).nonzero()[0]
+        seen, fitted_N = self.splits["held_out"], self._fitted(spec.share)
+        numbers = fitted_N.nonzero()[0]
         rng = np.random.default_rng(0)
         for _ in range(spec.epochs):
             order = rng.permutation(numbers)
@@ -148,23 +148,22 @@ class Kitchen:
                 images = torch.from_numpy(np.ascontiguousarray(seen.images[some])).to(self.stoves[0].device)
                 yield normalise(images, self.config.preprocess), torch.as_tensor(seen.labels[some]).to(images.device)
 
-    def unseen(self, share: float) -> np.ndarray:
-        """Which samples of held_out a mixture fitted on this share of it has not seen: bool (N,); all where it is 0. Raises `BadRequest`
-        for a share that takes all of them, or none."""
-        unseen_N = np.array([point(key, "stockpot/mixing") >= share * 2**64 for key in self.splits["held_out"].keys])
-        if share and (unseen_N.all() or not unseen_N.any()):
+    def _fitted(self, share: float) -> np.ndarray:
+        """Which samples of held_out learned mixing is fitted on: bool (N,). Raises `BadRequest` where that is none, or all."""
+        fitted_N = np.array([point(key, "stockpot/mixing") < share * 2**64 for key in self.splits["held_out"].keys])
+        if fitted_N.all() or not fitted_N.any():
             raise BadRequest(
-                f"`mixing.share` {share:g} takes {(~unseen_N).sum()} of {len(unseen_N)} held_out samples, and learned mixing needs some to "
-                "be fitted on and some to be scored on; ask for a share nearer to 0.5, or give the snapshot a larger held_out."
+                f"`mixing.share` {share:g} takes {fitted_N.sum()} of {len(fitted_N)} held_out samples, and learned mixing needs some to be "
+                "fitted on and some to be scored on; ask for a share nearer to 0.5, or give the snapshot a larger held_out."
             )
-        return unseen_N
+        return fitted_N
 
     def unfitted(self, dish: Dish, share: float) -> Accuracy:
         """A dish's accuracy on the samples of held_out that learned mixing with this share is not fitted on, measured once."""
         seen = self.splits["held_out"]
         key = self._key(dish, "held_out", f" but {share} for mixing")
         if (known := self._cache.get(key, 0)) is None:
-            rest_N = self.unseen(share)
+            rest_N = ~self._fitted(share)
             found = accuracy(self.logits(dish, "held_out")[torch.from_numpy(rest_N)], seen.labels[rest_N], self.metric)
             known = Verdict(found, found.seen)
             self._cache.put(key, known)

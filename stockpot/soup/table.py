@@ -17,10 +17,7 @@ ECE = "ECE, %"
 
 NOTES = (
     "held_out was selected on, gate decides promotion, test and shift suites are only read; mean shift is the plain mean of the suites.",
-    (
-        "ECE is the expected calibration error on gate, tempered after dividing logits by the one temperature that held_out asks for; of "
-        "learned mixing, the part of held_out that it was not fitted on."
-    ),
+    "ECE is the expected calibration error on gate, tempered after dividing logits by the one temperature that held_out asks for.",
     (
         "Evaluations (forward passes of one sample) and seconds are of making and scoring it; passes whose scores were cached are left "
         "out, so a second cook, or a recipe that shares soups with one above it, shows less than it would cost alone."

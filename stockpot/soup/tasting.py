@@ -34,7 +34,7 @@ def taste(kitchen: Kitchen, name: str, make: Callable[[], Dish]) -> tuple[Dish, 
     with kitchen.measured(name):
         dish = make()
         scores = kitchen.scores(dish)
-    return dish, Taste(scores, calibrate(kitchen, partial(kitchen.logits, dish), dish.fitted))
+    return dish, Taste(scores, calibrate(kitchen, partial(kitchen.logits, dish)))
 
 
 def taste_logits(kitchen: Kitchen, name: str, make: Callable[[], Logits]) -> Taste:
@@ -53,13 +53,9 @@ def taste_logits(kitchen: Kitchen, name: str, make: Callable[[], Logits]) -> Tas
     return Taste(scores, calibrate(kitchen, told.__getitem__))
 
 
-def calibrate(kitchen: Kitchen, logits: Logits, fitted: float = 0.0) -> Calibration:
-    """The expected calibration error on the gate split, as it is and with the temperature that held_out asks for.
-
-    fitted: share of held_out that the weights were fitted on, which the temperature leaves out.
-    """
-    held_out_N, gate_N = (torch.as_tensor(kitchen.splits[split].labels) for split in ("held_out", "gate"))
-    unseen_N, gate_NC = torch.from_numpy(kitchen.unseen(fitted)), logits("gate")
-    found = temperature(logits("held_out")[unseen_N], held_out_N[unseen_N])
-    before, after = (calibration_error(one_NC, gate_N) for one_NC in (gate_NC, gate_NC / found))
+def calibrate(kitchen: Kitchen, logits: Logits) -> Calibration:
+    """The expected calibration error on the gate split, as it is and with the temperature that held_out asks for."""
+    labels = {split: torch.as_tensor(kitchen.splits[split].labels) for split in ("held_out", "gate")}
+    found, gate_NC = temperature(logits("held_out"), labels["held_out"]), logits("gate")
+    before, after = (calibration_error(one_NC, labels["gate"]) for one_NC in (gate_NC, gate_NC / found))
     return Calibration(before=before, after=after, temperature=found)

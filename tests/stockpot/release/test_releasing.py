@@ -11,6 +11,7 @@ from threading import Barrier
 from uuid import uuid4
 
 import pytest
+from mlflow.models import get_model_info
 
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.digests import digest
@@ -64,6 +65,9 @@ def test_the_first_version_is_champion_and_nothing_is_registered_twice(
     assert stored.description.endswith(f"versions/{report.soup_sha256[:12]}/card.md` of MLflow run {report.mlflow_run_id}.")
     assert releasing.read_record(version, "card.md") == whole
     assert stored.tags["stockpot.ingredients"] == ",".join(report.ingredients)
+    signature = get_model_info(f"models:/{model}/1").signature
+    names = (signature.inputs.input_names(), signature.outputs.input_names(), [one.name for one in signature.params.params])
+    assert names == (["image"], ["label", "probability", "top"], ["top_k"])
 
 
 def test_a_better_challenger_takes_over_and_a_worse_one_does_not(ground: Ground, model: str, tmp_path: Path) -> None:

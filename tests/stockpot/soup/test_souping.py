@@ -38,7 +38,7 @@ from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.soup.soupability import gather
 from stockpot.soup.souping import _greedy, cook
-from stockpot.soup.statistics import calibration_error, temperature
+from stockpot.soup.statistics import calibration_error
 from tests import tiny_sweep as tiny_sweep_module
 from tests.tiny_sweep import Ground, finish_trial, finish_trials, tiny_sweep
 
@@ -270,15 +270,7 @@ def test_a_learned_mixture_ships_with_its_shares_and_can_be_made_again(ground: G
         for one in tracking.find_ingredients(sweep)
         if one.trial_id == trial
     ]
-    again = mixture(files, report.shares)
-    assert save_weights(tmp_path / "again.safetensors", again) == report.soup_sha256
-
-    model, held_out = build(ground.config), pixels(open_snapshot(sweep.data.snapshot), "held_out", ground.config.preprocess)
-    load_state(model, again)
-    unseen_N = torch.tensor([point(key, "stockpot/mixing") >= 0.5 * 2**64 for key in held_out.keys])
-    told_NC, labels_N = logits(model, held_out.images, ground.config.preprocess), torch.as_tensor(held_out.labels)
-    alone, whole = temperature(told_NC[unseen_N], labels_N[unseen_N]), temperature(told_NC, labels_N)
-    assert report.calibration["learned_by_layer"].temperature == pytest.approx(alone, rel=1e-3) != pytest.approx(whole, rel=1e-3)
+    assert save_weights(tmp_path / "again.safetensors", mixture(files, report.shares)) == report.soup_sha256
 
 
 def test_learned_mixing_needs_samples_to_fit_on_and_samples_to_be_scored_on(ground: Ground, ledger: str, tmp_path: Path) -> None:
