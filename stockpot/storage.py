@@ -171,9 +171,10 @@ def list_prefix(uri: str) -> list[StoredObject]:
     if _remote(uri):
         return list(s3.list_prefix(uri))
     top = _local(uri)
+    base, address = (top, uri.rstrip("/")) if top.is_dir() else (top.parent, uri.rpartition("/")[0])  # as it was written, `//` or not
     found = []
     with _said(uri):
-        for path in sorted(_below(top) if top.is_dir() else top.parent.glob(f"{glob.escape(top.name)}*")):
+        for path in sorted(_below(base) if base is top else base.glob(f"{glob.escape(top.name)}*")):
             try:
                 stat = path.stat()
             except FileNotFoundError:
@@ -181,7 +182,7 @@ def list_prefix(uri: str) -> list[StoredObject]:
                     raise ObjectMissing(f"{path} is a link to {path.readlink()}, where nothing is; mend or remove the link.") from None
                 continue  # removed meanwhile
             if S_ISREG(stat.st_mode) and not path.name.startswith(".stockpot-"):
-                found.append(StoredObject(_as(uri, path), stat.st_size, _etag(stat)))
+                found.append(StoredObject(f"{address}/{path.relative_to(base)}", stat.st_size, _etag(stat)))
     return found
 
 
@@ -256,10 +257,6 @@ def _local(uri: str) -> Path:
     if not path.is_absolute():
         raise StorageError(f"{uri!r} is no address; write s3://bucket/key, file:///path or an absolute path.")
     return path
-
-
-def _as(uri: str, path: Path) -> str:
-    return f"file://{path}" if uri.startswith("file://") else str(path)
 
 
 def _temporary(path: Path) -> Path:

@@ -63,16 +63,16 @@ class NodeCache:
         if target.exists():
             return Fetched(target, hit=True)
         asked = time.monotonic()  # one clock for all processes of a node, which no one sets
-
-        with written(target), locked(target.with_suffix(".lock"), logger.debug, lambda: sum(map(_size, _parts(target)))) as lock:
+        with locked(target.with_suffix(".lock"), logger.debug, lambda: sum(map(_size, _parts(target)))) as lock:
             if target.exists():
                 return Fetched(target, hit=True)
             _raise_failure_since(asked, lock)
-            for stale in _parts(target):  # of a process that died with the lock
-                stale.unlink()
             try:
-                self.require_space(size)
-                return _fetch(uri, sha256, size, target, etag)
+                with written(target):
+                    for stale in _parts(target):  # of a process that died with the lock
+                        stale.unlink()
+                    self.require_space(size)
+                    return _fetch(uri, sha256, size, target, etag)
             except StockpotError as error:
                 _tell_failure(error, lock)
                 raise

@@ -79,7 +79,8 @@ def _examined(number: int, item: StoredObject, root: str, folder: Path, examiner
     with path.open("wb") as file:
         _, sha256 = storage.fetch_hashed(item.uri, file, etag=item.etag)
     problems = Problems()
-    name = item.uri.removeprefix(f"{root.rstrip('/')}/")
+    below = item.uri.removeprefix(f"{root.rstrip('/')}/")
+    name = item.uri if below.startswith("/") else below  # `root//shard` is no address below `root`
     tables = [ROWS.empty_table()]
     found = read_shard(path, name, examiner.classes, problems)
     with path.open("rb") as tar:

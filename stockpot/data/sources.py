@@ -22,6 +22,9 @@ from stockpot.storage import StoredObject
 READ_AHEAD = 16
 """Files of a folder fetched at once."""
 
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and what Python makes of file names that are no UTF-8."""
+
 
 @dataclass(frozen=True)
 class ClassFolders:
@@ -37,8 +40,8 @@ class ClassFolders:
     @cached_property
     def _files(self) -> list[StoredObject]:
         storage.check(self.uri)
-        if odd := [item.uri for item in self._listed if not item.uri.isprintable()]:
-            raise BadRequest(f"{len(odd):,} file names are no printable UTF-8, such as {odd[0]!a}: rename them.")
+        if odd := [item.uri for item in self._listed if UNWRITABLE.search(item.uri)]:
+            raise BadRequest(f"{len(odd):,} file names are no UTF-8, or have control characters, such as {odd[0]!a}: rename them.")
         shown = [item for item in self._listed if "/" in self._below(item) and not _hidden(self._below(item))]
         pictures, texts = ([item for item in shown if _extension(item) in kinds] for kinds in (IMAGES, TOKENS))
         if not pictures and not texts:

@@ -15,6 +15,7 @@ import pytest
 
 from stockpot import storage
 from stockpot.data import node_cache
+from stockpot.data.indexing import Index
 from stockpot.data.node_cache import NodeCache, locked
 from stockpot.data.snapshots import Snapshot, open_snapshot
 from stockpot.errors import DataError, Interrupted, SnapshotBroken
@@ -257,6 +258,18 @@ def test_what_another_process_renames_under_the_janitors_eyes_is_passed_over(sna
     assert NodeCache().evictable([]) == kept.stat().st_size
     NodeCache().evict(1)
     assert not kept.exists()
+
+
+def test_an_index_is_held_while_it_is_opened(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Index.open
+
+    def meddling(parquet: Path, samples: int) -> Index:
+        monkeypatch.setattr(NodeCache, "free", lambda self: 0)
+        NodeCache().evict(1)
+        return opened(parquet, samples)
+
+    monkeypatch.setattr(Index, "open", meddling)
+    assert len(snapshot.index.keys(0, 90)) == 90
 
 
 def test_an_open_index_outlives_its_eviction_and_travels_without_its_rows(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:

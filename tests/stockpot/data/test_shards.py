@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stockpot.data import node_cache
 from stockpot.data.images import decode, eval_transform
 from stockpot.data.node_cache import NodeCache
 from stockpot.data.publishing import GivenSamples, Sample, publish
@@ -147,6 +148,28 @@ def test_what_an_epoch_left_early_took_from_storage_is_counted(snapshot: Snapsho
     batches.close()
     stored = sum(path.stat().st_size for path in node.rglob("*.tar"))
     assert left.counters["bytes_from_storage"] == (stored or sum(shard.size for shard in snapshot.manifest.shards)) > 0
+
+
+@pytest.mark.parametrize("by", ["training", "evaluation"])
+def test_the_janitor_spares_what_is_being_read(snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    left: list[int] = []
+
+    def meddling(image: Tensor, seed: int | Preprocess) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(NodeCache, "free", lambda self: 0)
+            patch.setattr(node_cache, "_unlocked", lambda path: path.is_file())  # the folder being built has a lock, held by this process
+            before = set(node.rglob("*.tar"))
+            NodeCache().evict(1)
+            left.append(len(before - set(node.rglob("*.tar"))))
+        return eval_transform(image, PREPROCESS)
+
+    if by == "training":
+        assert len(list(reader(snapshot, augment=meddling).batches(0))) == reader(snapshot).steps_per_epoch
+    else:
+        monkeypatch.setattr("stockpot.data.preparing.as_evaluated", meddling)
+        pixels(snapshot, "gate", PREPROCESS)
+    assert left
+    assert not any(left)
 
 
 def test_everything_is_counted(snapshot: Snapshot) -> None:
