@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec.asyn
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from fsspec.exceptions import FSTimeoutError
@@ -130,6 +131,8 @@ def check(uri: str, timeout_s: float = 4.0) -> None:
     """Within five seconds: does the endpoint answer, are the credentials accepted, is there a bucket, and anything under the prefix?"""
     client = filesystem()
     bucket, prefix = split(uri)
+    with said(uri, CALL_S):  # making a client is this machine's own work, seconds of it where it is busy, and none of the store's
+        fsspec.asyn.sync(client.loop, client.set_session, timeout=CALL_S)
     retries, client.retries = client.retries, 1
     try:
         with said(uri, timeout_s):

@@ -1,6 +1,7 @@
 """The storage door: files and S3 behave alike; conditional create decides races; bad credentials, buckets, prefixes and silent servers are
 one sentence in under five seconds."""
 
+import asyncio
 import os
 import socket
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
+import stockpot.s3
 from stockpot import storage
 from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, SnapshotBroken, StorageError, StorageRefused
 from tests.object_store import ObjectStore
@@ -179,6 +181,20 @@ def test_a_store_that_refuses_is_said_soon(
         storage.check(s3.uri("some"))
     assert time.monotonic() - started < SOON_S
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_busy_machine_is_not_taken_for_a_store_that_is_away(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(s3.uri("busy"), b"here")
+    making = s3fs.S3FileSystem.set_session
+
+    async def slowly(self: s3fs.S3FileSystem, *args: object, **named: object) -> object:
+        if self._s3 is None:
+            await asyncio.sleep(2)
+        return await making(self, *args, **named)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "set_session", slowly)
+    stockpot.s3._filesystem.cache_clear()
+    stockpot.s3.check(s3.uri("busy"), timeout_s=1)
 
 
 @pytest.mark.parametrize(
