@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stockpot.config import Init, PinnedData, RetrainRequest, Sweep, SweepSpec, Trial, sweep_id
+from stockpot.config import FanOutSpec, Init, PinnedData, RetrainRequest, Sweep, SweepSpec, Trial, sweep_id
 from stockpot.digests import short
 from stockpot.errors import BadRequest
 from stockpot.settings import TrialSettings
@@ -44,7 +44,7 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
 def allotted(request: RetrainRequest) -> list[tuple[TrialSettings, int]]:
     """The request's trials, and the GPUs that each takes. Raises `BadRequest` for a space without as many trials, and for a batch that its
     GPUs cannot share."""
-    return [(settings, _ranks(index, settings, request.fan_out.gpus)) for index, settings in enumerate(draw(request.sweep))]
+    return [(settings, _ranks(index, settings, request.fan_out)) for index, settings in enumerate(draw(request.sweep))]
 
 
 def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
@@ -66,22 +66,29 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
             state_interval_s=request.fan_out.state_interval_s,
             budget_s=request.fan_out.budget_s,
             gpus=gpus,
+            sharded=request.fan_out.sharded and gpus > 1,
         )
         for index, (settings, gpus) in enumerate(allotted(request))
     )
     return Sweep(id=sweep, request=request, data=data, init=init, trials=trials)
 
 
-def _ranks(index: int, settings: TrialSettings, gpus: int) -> int:
+def _ranks(index: int, settings: TrialSettings, fan_out: FanOutSpec) -> int:
     """The GPUs of a trial: as many as asked for, one to evaluate an untrained init. Mixed pairs must fall on one GPU, so these come in
     even shares."""
     if settings.max_steps == 0:
         return 1
+    gpus = fan_out.gpus
     share = gpus * (2 if gpus > 1 and (settings.mixup or settings.cutmix) else 1)
     if settings.batch_size % share:
         raise BadRequest(
             f"Trial {index} has a batch of {settings.batch_size}, which {gpus} GPUs cannot share evenly; make `batch_size` a multiple of "
             f"{share}, or change `gpus`."
+        )
+    whole = "`compile: true`" if settings.compile else "`optimiser: adafactor`" if settings.optimiser == "adafactor" else None
+    if fan_out.sharded and whole:
+        raise BadRequest(
+            f"Trial {index} has {whole}, which needs whole matrices, and with `sharded` no GPU has any; leave out one of them."
         )
     return gpus
 

@@ -1,6 +1,8 @@
 """How trials are spread over workers, and when a sweep has had enough."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from stockpot.fields import Closed, Fraction
 
@@ -58,6 +60,13 @@ class FanOutSpec(Closed):
         description="GPUs of one node that train a trial together, each on its share of every batch (on a node without any: processes). "
         "`batch_size` must be a multiple of it, with mixup or CutMix of twice it; BatchNorm sees a GPU's share.",
     )
+    sharded: bool = Field(
+        False,
+        description="Whether a trial's `gpus` share the model too, for one that does not fit beside its gradients and moments: each holds "
+        "its part of every weight, gradient, moment and moving average, and a block whole only while that computes (FSDP2; bf16 and fp16 "
+        "keep their copy of all weights through a step). Slower, without `compile` and adafactor. An evaluation takes the whole model, its "
+        "weights alone, on one GPU.",
+    )
     budget_s: int | None = Field(
         None,
         ge=1,
@@ -68,3 +77,9 @@ class FanOutSpec(Closed):
         None,
         description="When to start no further trial. The quorum is then of the trials that were started. None: every trial is run.",
     )
+
+    @model_validator(mode="after")
+    def _shares_need_several_gpus(self) -> Self:
+        if self.sharded and self.gpus == 1:
+            raise ValueError("`sharded` cuts a model over the GPUs of a trial, which has one; ask for more `gpus`, or leave `sharded` out")
+        return self

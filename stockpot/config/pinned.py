@@ -29,6 +29,7 @@ class Trial(Closed):
     state_interval_s: int = 300
     budget_s: int | None = None
     gpus: int = 1
+    sharded: bool = False
 
     def ingredient_id(self, ema_decay: float = 0.0) -> str:
         """The id of the ingredient the trial leaves: its own, or that of a moving average of its weights."""

@@ -17,6 +17,8 @@ Weights = dict[str, Tensor]
 State = dict[str, Tensor]
 Score = Callable[[nn.Module], Accuracy]
 """A model's accuracy on held_out."""
+Checkpoint = Callable[[int, Callable[[], State]], None]
+"""Called after every step with the number of steps done and a function that gives the state; whoever keeps states decides when."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,15 @@ class MovingAverages:
     """
 
     def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
-        self._tracked = {name: tensor for name, tensor in _own_tensors(model).items() if tensor.is_floating_point()} if decays else {}
+        self._tracked = {name: tensor for name, tensor in own_tensors(model).items() if tensor.is_floating_point()} if decays else {}
         self.averages = {decay: {name: tensor.detach().double() for name, tensor in self._tracked.items()} for decay in decays}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights of one more step in."""
         for decay, average in self.averages.items():
-            torch._foreach_mul_(list(average.values()), decay)
-            torch._foreach_add_(list(average.values()), list(self._tracked.values()), alpha=1 - decay)
+            torch._foreach_mul_(_here(average), decay)
+            torch._foreach_add_(_here(average), _here(self._tracked), alpha=1 - decay)
 
     def state(self) -> State:
         """As part of a training state."""
@@ -100,10 +102,10 @@ def finished(candidates: dict[float, Candidate]) -> State:
 
 
 @contextmanager
-def wearing(model: nn.Module, weights: Weights) -> Iterator[None]:
+def wearing(model: nn.Module, weights: Weights) -> Iterator[nn.Module]:
     """The model with other weights, rounded to its own precision, while the block runs. Storage changes hands and comes back: its own are
     not copied."""
-    own = _own_tensors(model)
+    own = own_tensors(model)
     worn = {name: tensor.detach().to(own[name].dtype, copy=True) for name, tensor in weights.items()}
 
     def swap() -> None:
@@ -112,7 +114,7 @@ def wearing(model: nn.Module, weights: Weights) -> Iterator[None]:
 
     swap()
     try:
-        yield
+        yield model
     finally:
         swap()
 
@@ -127,8 +129,13 @@ def below(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _own_tensors(model: nn.Module) -> Weights:
+def own_tensors(model: nn.Module) -> Weights:
     """The model's parameters and stored buffers, each once: a tied tensor goes by its first name."""
     first: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
+
+
+def _here(tensors: Weights) -> list[Tensor]:
+    """What this rank holds of the tensors: its share of one that is cut over all ranks."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values()]

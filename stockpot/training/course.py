@@ -62,6 +62,7 @@ def train_on_place(
         reading=trial.reading,
         say=say,
         place=place,
+        sharded=trial.sharded,
         log=log,
         resume=hold.resume(),
         checkpoint=checkpoint if place.rank == 0 else lambda _step, _state: None,
@@ -78,13 +79,15 @@ def fine_tune(
     reading: Reading = "auto",
     say: Callable[[str], None] = print,
     place: Place = HERE,
+    sharded: bool = False,
     log: Log = lambda _metrics, _step: None,
     resume: State | None = None,
     checkpoint: Checkpoint = lambda _step, _state: None,
 ) -> dict[float, Candidate]:
     """Train the model in place on the snapshot's train split; returns its candidates, by decay of their moving average.
 
-    place: the rank that this process is, and its device; every rank reads its share of every batch, and the first one evaluates.
+    place: the rank that this process is, and its device; every rank reads its share of every batch, and the first one evaluates. sharded:
+    ranks share the model too.
     """
     preprocess, account = model.config.preprocess, Account(place, resume)
 
@@ -141,6 +144,7 @@ def fine_tune(
         score=score if place.rank == 0 else None,
         rank=place.rank,
         world=place.world,
+        sharded=sharded,
     )
     if resume is None or int(resume["step"]) < FINISHED:  # else they are logged
         log({f"data/{name}": float(count) for name, count in account.meet().items()}, total_steps(settings, steps))

@@ -6,7 +6,7 @@ Every step draws its randomness (mixing, dropout) from (trial seed, step) alone,
 # B batch, C classes, H height, W width
 
 import random
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +19,11 @@ from stockpot.evaluation import normalise
 from stockpot.preparation import Preparation
 from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
-from stockpot.training.candidates import MovingAverages, State, below
+from stockpot.training.candidates import MovingAverages, State, Weights, below, wearing
 from stockpot.training.compiling import Compiled
 from stockpot.training.fitting import gigabytes, largest_fitting, room_for
 from stockpot.training.losses import loss_function, mix, partners, require_mixable
+from stockpot.training.sharding import Shards, cut
 
 FEWER_MOMENTS = "`adafactor` keeps hardly any moments and `sgd` one a weight, where the others keep two; `frozen` layers need none."
 """What to do where the optimiser's moments do not fit."""
@@ -44,26 +45,37 @@ class Training:
     """A model on its way, from the shared init or from a training state.
 
     rank, world: this process among those that train the model together, each on its share of every batch; gradients are averaged over
-    them. Raises `BadRequest` when `frozen` names no parameter, or all of them, and when tokens should be mixed.
+    them. shards: what cut the model over them, if it is cut. Raises `BadRequest` when `frozen` names no parameter, or all of them, and when
+    tokens should be mixed.
     """
 
-    def __init__(self, model: nn.Module, settings: TrialSettings, preprocess: Preparation, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrialSettings,
+        preprocess: Preparation,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        shards: Shards | None = None,
+    ) -> None:
         require_mixable(settings, preprocess)
         optimisation.freeze(model, settings.frozen)
-        self.model, self.settings, self.preprocess, self.rank = model, settings, preprocess, rank
+        self.model, self.settings, self.preprocess, self.rank, self.shards = model, settings, preprocess, rank, shards
         self.device = next(model.parameters()).device
-        self.rule = optimisation.optimiser(model, settings)
+        self.rule = optimisation.optimiser(model, settings, sharded=shards is not None)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.loss = loss_function(settings)
-        trained = gigabytes(parameter for parameter in model.parameters() if parameter.requires_grad)
-        averages = gigabytes(model.parameters(), 2 * len(settings.ema_decays))
+        part = 1 / world if shards else 1
+        trained = gigabytes((parameter for parameter in model.parameters() if parameter.requires_grad), part)
+        averages = gigabytes(model.parameters(), 2 * len(settings.ema_decays) * part)
         self._room_for_sam = room_for(f"sharpness-aware minimisation, a copy of {trained} of weights", "Set `sam_rho: 0`.")
         self._room_for_step = room_for(f"the step of {settings.optimiser} beside {trained} of gradients", FEWER_MOMENTS)
         self._room_for_averages = room_for(f"moving averages, {averages} in float64", "Leave a decay out of `ema_decays`.")
         with self._room_for_averages():
             self.averages = MovingAverages(model, settings.ema_decays)
         self.forward: nn.Module = Compiled(model) if settings.compile else model
-        if world > 1:
+        if world > 1 and shards is None:
             self.forward = DistributedDataParallel(self.forward)
         self.step = 0
 
@@ -128,6 +140,9 @@ class Training:
         """The sentence, after trying smaller forward passes until one fits beside the optimiser's moments."""
         self.rule.zero_grad(set_to_none=True)
         tried, size = min(self.settings.micro_batch or len(batch.labels), len(batch.labels)), len(batch.labels)
+        found = f"The device ran out of memory at step {self.step + 1} with {tried} images a forward pass (batch of {size})."
+        if self.shards and tried > 1:  # to try takes all ranks, and the others may have had room
+            return f"{found} Set `micro_batch` to {tried // 2}, or less: the batch, and the result, stay the same."
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         moments = [] if self.rule.state else [torch.empty_like(one) for one in trained for _ in range(2)]
 
@@ -139,7 +154,6 @@ class Training:
 
         fits = largest_fitting(attempt, tried)
         del moments
-        found = f"The device ran out of memory at step {self.step + 1} with {tried} images a forward pass (batch of {size})."
         if fits is None:
             return f"{found} Not even one image fits: use a device with more memory or a smaller model."
         return f"{found} Measured: {fits} fit. Set `micro_batch` to {fits}: the batch, and the result, stay the same."
@@ -159,26 +173,38 @@ class Training:
         }
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         scale = {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.scaler.state_dict().items()}
-        require_finite(self.model, self.step, self.settings)
-        return {"step": torch.tensor(self.step), **weights, **moments, **scale, **self.averages.state()}
+        state = {"step": torch.tensor(self.step), **weights, **moments, **scale, **self.averages.state()}
+        state = self.shards.gathered(state) if self.shards else state
+        require_finite(below(state, "model."), self.step, self.settings)
+        return state
 
     def restore(self, state: State) -> None:
         """Go back to a state."""
         self.step = int(state["step"])
-        self.model.load_state_dict(below(state, "model."))
+        self.load(below(state, "model."))
+        trained = [parameter for group in self.rule.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in below(state, "optimiser.").items():
             number, _, key = name.partition(".")
-            moments.setdefault(int(number), {})[key] = tensor
+            moments.setdefault(int(number), {})[key] = cut(tensor, trained[int(number)])
         self.rule.load_state_dict({"state": moments, "param_groups": self.rule.state_dict()["param_groups"]})
         if scale := {name: value.item() for name, value in below(state, "scaler.").items()}:
             counts = {"growth_interval", "_growth_tracker"}
             self.scaler.load_state_dict({name: int(value) if name in counts else value for name, value in scale.items()})
-        self.averages.restore(state)
+        self.averages.restore({name: cut(state[name], like) for name, like in self.averages.state().items()})
+
+    def load(self, weights: Weights) -> None:
+        """Put whole weights into the model."""
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: cut(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
+
+    def wearing(self, weights: Weights) -> AbstractContextManager[nn.Module]:
+        """The whole model with other weights, as long as it is looked at."""
+        return wearing(self.model, weights) if self.shards is None else self.shards.wearing(weights)
 
 
-def require_finite(model: nn.Module, step: int, settings: TrialSettings) -> None:
+def require_finite(weights: Weights, step: int, settings: TrialSettings) -> None:
     """Raises `NonFinite` naming the first weight that is no number."""
-    name = first_non_finite(model.state_dict())
+    name = first_non_finite(weights)
     if name is not None:
         raise NonFinite(f"Weights stopped being numbers by step {step}: `{name}`. Lower `learning_rate` {settings.learning_rate:g}.")

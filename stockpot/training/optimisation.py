@@ -135,8 +135,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     ]
 
 
-def optimiser(model: nn.Module, settings: TrialSettings) -> torch.optim.Optimizer:
-    """A fresh optimiser over the model's trainable parameters."""
+def optimiser(model: nn.Module, settings: TrialSettings, *, sharded: bool = False) -> torch.optim.Optimizer:
+    """A fresh optimiser over the model's trainable parameters. sharded: they are shares, which SGD cannot move in one kernel."""
     groups, rate = parameter_groups(model, settings.weight_decay, settings.layer_decay), settings.learning_rate
     match settings.optimiser:
         case "adamw":
@@ -144,7 +144,7 @@ def optimiser(model: nn.Module, settings: TrialSettings) -> torch.optim.Optimize
         case "adam":
             return torch.optim.Adam(groups, lr=rate, fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=True)
+            return torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=not sharded)
         case "rmsprop":
             return torch.optim.RMSprop(groups, lr=rate, momentum=0.9)
         case "adafactor":

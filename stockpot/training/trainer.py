@@ -15,9 +15,10 @@ from stockpot.errors import NonFinite
 from stockpot.preparation import Preparation
 from stockpot.settings import TrialSettings
 from stockpot.training import optimisation
-from stockpot.training.candidates import Best, Candidate, Score, State, Weights, on_cpu, wearing
+from stockpot.training.candidates import Best, Candidate, Checkpoint, Score, State, Weights, on_cpu
 from stockpot.training.fitting import gigabytes, room_for
 from stockpot.training.moving_parts import Batch, Training, require_finite
+from stockpot.training.sharding import Shards
 
 __all__ = ["Batch", "Batches", "Checkpoint", "Log", "State", "total_steps", "train"]
 
@@ -32,9 +33,6 @@ Batches = Callable[[int, int], Iterable[Batch]]
 
 Log = Callable[[dict[str, float], int], None]
 """Metrics of the steps since the last call, and the number of steps done."""
-
-Checkpoint = Callable[[int, Callable[[], State]], None]
-"""Called after every step with the number of steps done and a function that gives the state; whoever keeps states decides when."""
 
 
 def total_steps(settings: TrialSettings, steps_per_epoch: int) -> int:
@@ -56,17 +54,20 @@ def train(
     score: Score | None = None,
     rank: int = 0,
     world: int = 1,
+    sharded: bool = False,
 ) -> dict[float, Candidate]:
     """Fine-tune the model in place, from the start or from a state. Returns its candidates by decay of their average: 0 is the weights
     themselves, and the model ends with them.
 
     score: asked every `evaluate_every_steps`, whose best weights the candidates then are. rank, world: this process among those that train
-    together (`ranks`); its batches are its shares. Raises `NonFinite` with the step when the loss or a weight is no number, `TrialFailed`
-    when memory runs out, `BadRequest` for `frozen` names that the model does not have.
+    together (`ranks`); its batches are its shares. sharded: they share the model too (`sharding`). Raises `NonFinite` with the step when
+    the loss or a weight is no number, `TrialFailed` when memory runs out, `BadRequest` for `frozen` names that the model does not have.
     """
     with room_for(f"the model, {gigabytes(model.parameters())} of weights", "Use a device with more memory, or a smaller model.")():
+        shards = Shards(model, device) if sharded else None
         model.to(device).train()
-    training = Training(model, settings, preprocess, rank=rank, world=world)
+    training = Training(model, settings, preprocess, rank=rank, world=world, shards=shards)
+    checkpoint = shards.agreed(checkpoint) if shards else checkpoint
     best = Best()
     if resume is not None:
         training.restore(resume)
@@ -85,34 +86,34 @@ def train(
                     step,
                 )
                 losses.clear()
-            if score and settings.evaluate_every_steps and (step % settings.evaluate_every_steps == 0 or step == total):
+            if (score or shards) and settings.evaluate_every_steps and (step % settings.evaluate_every_steps == 0 or step == total):
                 evaluate(training, best, score, log)
             checkpoint(step, lambda: training.state() | best.state())
     training.end()
     return _finish(training, best)
 
 
-def evaluate(training: Training, best: Best, score: Score, log: Log) -> None:
-    """Score the weights and every average of them, and keep what is the best so far."""
+def evaluate(training: Training, best: Best, score: Score | None, log: Log) -> None:
+    """Score the weights and every average of them, and keep what is the best so far; a rank without a score gives its shares."""
     for decay, average in {0.0: Weights(), **training.averages.averages}.items():
-        with IN_EVALUATION(), wearing(training.model, average):
-            accuracy = score(training.model)
-            best.offer(decay, training.step, accuracy.correct, training.model)
+        with IN_EVALUATION(), training.wearing(average) as model:
+            if score is None:
+                continue
+            accuracy = score(model)
+            best.offer(decay, training.step, accuracy.correct, model)
         log({f"held_out/accuracy-ema-{decay!r}" if decay else "held_out/accuracy": accuracy.value}, training.step)
 
 
 def _finish(training: Training, best: Best) -> dict[float, Candidate]:
     """The candidates, all of numbers, and the first of them in the model."""
-    model, settings, step = training.model, training.settings, training.step
     candidates: dict[float, Candidate] = {}
-    for decay in settings.ema_decays:
-        with wearing(model, training.averages.averages[decay]):
-            require_finite(model, step, settings)
-            candidates[decay] = best.found.get(decay) or Candidate(on_cpu(model), step)
-    require_finite(model, step, settings)
+    for decay, average in {0.0: Weights(), **training.averages.averages}.items():
+        with training.wearing(average) as model:
+            require_finite(model.state_dict(), training.step, training.settings)
+            candidates[decay] = best.found.get(decay) or Candidate(on_cpu(model), training.step)
     if 0.0 in best.found:
-        model.load_state_dict(best.found[0.0].weights)
-    return {0.0: best.found.get(0.0) or Candidate(on_cpu(model), step), **candidates}
+        training.load(best.found[0.0].weights)
+    return candidates
 
 
 def _mean_loss(losses: list[Tensor], step: int, world: int) -> float:

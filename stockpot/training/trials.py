@@ -71,7 +71,7 @@ def run_trial(trial: Trial, *, flow_run_id: str | None = None, attempt: int = 1,
         TemporaryDirectory(prefix="stockpot-trial-") as folder,
     ):
         log.params({**trial.settings.model_dump(), "init": trial.init.digest, "snapshot": trial.snapshot.digest})
-        log.params({"device": device, "gpus": trial.gpus})
+        log.params({"device": device, "gpus": trial.gpus, "sharded": trial.sharded})
         counted = {name: one for name, one in hold.recorded.items() if recording.is_stored(one)}  # by an attempt that got no further
         candidates: dict[float, Candidate] = {}
         if not counted.keys() >= set(trial.ingredient_ids):

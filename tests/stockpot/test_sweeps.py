@@ -87,13 +87,21 @@ def test_a_batch_its_gpus_cannot_share_is_refused(settings, multiple):
         plan(request, DATA, INIT)
 
 
+@pytest.mark.parametrize("setting", [{"compile": True}, {"optimiser": "adafactor"}])
+def test_a_trial_that_needs_whole_matrices_is_refused_where_gpus_share_the_model(setting):
+    fan_out = {"gpus": 2, "sharded": True}
+    request = RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "settings": setting}, "fan_out": fan_out})
+    with pytest.raises(BadRequest, match=r"Trial 0 has `.*`, which needs whole matrices"):
+        plan(request, DATA, INIT)
+
+
 def test_gpus_change_no_trial_and_an_untrained_init_needs_one():
     alone, together = (
         plan(RetrainRequest.model_validate({**REQUEST, "sweep": {"trials": 1, "init_as_ingredient": True}, "fan_out": fan_out}), DATA, INIT)
-        for fan_out in ({}, {"gpus": 4})
+        for fan_out in ({}, {"gpus": 4, "sharded": True})
     )
     assert [trial.id for trial in alone.trials] == [trial.id for trial in together.trials]
-    assert [trial.gpus for trial in together.trials] == [4, 1]
+    assert [(trial.gpus, trial.sharded) for trial in together.trials] == [(4, True), (1, False)]
 
 
 def test_a_grid_is_every_combination_once():

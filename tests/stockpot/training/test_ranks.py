@@ -44,10 +44,11 @@ def quiet(_line):
 
 
 @pytest.mark.slow
-def test_two_ranks_end_with_the_weights_of_one_process(ground, ledger, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_end_with_the_weights_of_one_process(sharded, ground, ledger, tmp_path):
     """SGD keeps a difference of gradients in proportion, where Adam would blow up the smallest."""
-    alone = trial_of(ground, "one-rank", tmp_path, SETTINGS)
-    together = trial_of(ground, "two-ranks", tmp_path, SETTINGS, gpus=2)
+    alone = trial_of(ground, f"one-rank-{sharded}", tmp_path, SETTINGS)
+    together = trial_of(ground, f"two-ranks-{sharded}", tmp_path, SETTINGS, gpus=2, sharded=sharded)
     for trial in (alone, together):
         run_trial(trial, say=quiet)
     for name in together.ingredient_ids:
