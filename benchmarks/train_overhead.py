@@ -76,8 +76,9 @@ def stepping(more: dict[str, Any]) -> Callable[[], object]:
 
 
 def evaluating() -> Callable[[], object]:
-    """One evaluation, as the trainer does it on the way."""
-    return partial(evaluate, Training(model(), SETTINGS, PREPROCESS), Best(), score, lambda _metrics, _step: None)
+    """One evaluation, as the trainer does it on the way, of weights that are the best so far."""
+    training = Training(model(), SETTINGS, PREPROCESS)
+    return lambda: evaluate(training, Best(), score, lambda _metrics, _step: None)
 
 
 def entry(ratios: list[float], unit: str, peer: str) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def entry(ratios: list[float], unit: str, peer: str) -> dict[str, Any]:
 
 
 def score(net: nn.Module) -> Accuracy:
-    """Accuracy on held_out images of noise."""
+    """Accuracy on black held_out images."""
     images = torch.zeros((IMAGES, 3, 64, 64), dtype=torch.uint8)
     return accuracy(logits(net, images, PREPROCESS), torch.zeros(IMAGES, dtype=torch.int64))
 

@@ -42,8 +42,11 @@ def draw(spec: SweepSpec) -> tuple[TrialSettings, ...]:
 
 
 def allotted(request: RetrainRequest) -> list[tuple[TrialSettings, int]]:
-    """The request's trials, and the GPUs that each takes. Raises `BadRequest` for a space without as many trials, and for a batch that its
-    GPUs cannot share."""
+    """The request's trials, and the GPUs that each takes. Raises `BadRequest` for a space without as many trials, a batch that its GPUs
+    cannot share, a soup that the trials cannot fill, and a tolerance for a suite there is not; these are no rules of the request itself,
+    so that a sweep that was asked for by others can still be read."""
+    _require_suites(request)
+    _require_enough(request)
     return [(settings, _ranks(index, settings, request.fan_out)) for index, settings in enumerate(draw(request.sweep))]
 
 
@@ -71,6 +74,19 @@ def plan(request: RetrainRequest, data: PinnedData, init: Init) -> Sweep:
         for index, (settings, gpus) in enumerate(allotted(request))
     )
     return Sweep(id=sweep, request=request, data=data, init=init, trials=trials)
+
+
+def _require_suites(request: RetrainRequest) -> None:
+    if unknown := sorted(request.gate.suite_tolerances.keys() - request.data.shifts.keys()):
+        suites = ", ".join(sorted(request.data.shifts)) or "none"
+        raise BadRequest(f"`gate.suite_tolerances` names {unknown[0]}, and the suites of `data.shifts` are {suites}; correct the name.")
+
+
+def _require_enough(request: RetrainRequest) -> None:
+    sweep, wanted = request.sweep, request.soup.minimum
+    most = (sweep.trials + sweep.init_as_ingredient) * (1 + len(sweep.settings.ema_decays))
+    if wanted > most and "ema_decays" not in {*sweep.space, *sweep.grid}:
+        raise BadRequest(f"`soup.minimum` is {wanted} and the sweep leaves {most} ingredients at the most; lower it, or add trials.")
 
 
 def _ranks(index: int, settings: TrialSettings, fan_out: FanOutSpec) -> int:

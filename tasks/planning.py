@@ -42,7 +42,9 @@ def _prepare(request: RetrainRequest, data: PinnedData) -> Init:
     require_same_classes(data)
     read = request.data
     probe = partial(probed, loader_workers=read.loader_workers, skip_fraction=read.skip_fraction, reading=read.reading)
-    init = prepare(request.base, request.init, data.snapshot, request.store, probe, partial(rehearse, request.sweep))
+    init = prepare(
+        request.base, request.init, data.snapshot, request.store, probe, partial(rehearse, request.sweep, sharded=request.fan_out.sharded)
+    )
     require_lenders(request.soup, init)
     return init
 

@@ -43,21 +43,6 @@ class RetrainRequest(Closed):
         return self
 
     @model_validator(mode="after")
-    def _the_sweep_can_fill_the_soup(self) -> Self:
-        sweep, wanted = self.sweep, self.soup.minimum
-        most = (sweep.trials + sweep.init_as_ingredient) * (1 + len(sweep.settings.ema_decays))
-        if wanted > most and "ema_decays" not in {*sweep.space, *sweep.grid}:
-            raise ValueError(f"`soup.minimum` is {wanted} and the sweep leaves {most} ingredients at the most; lower it, or add trials")
-        return self
-
-    @model_validator(mode="after")
-    def _tolerances_are_of_suites(self) -> Self:
-        if unknown := sorted(self.gate.suite_tolerances.keys() - self.data.shifts.keys()):
-            suites = ", ".join(sorted(self.data.shifts)) or "none"
-            raise ValueError(f"`gate.suite_tolerances` names {unknown[0]}, and the suites of `data.shifts` are {suites}; correct the name")
-        return self
-
-    @model_validator(mode="after")
     def _text_needs_a_text_tower(self) -> Self:
         if self.base.arch.startswith(TEXT_PREFIX) or (":" in self.base.arch and "://" not in self.base.arch):
             if self.init.head == "zero_shot":

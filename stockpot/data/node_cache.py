@@ -174,13 +174,19 @@ def _wait(file: TextIO, path: Path, progress: Callable[[], int] | None) -> None:
                 )
 
 
+WAYS_OUT = {
+    "Free some space": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+    "Let this user write there": {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST},
+}
+
+
 @contextmanager
 def written(path: Path) -> Iterator[None]:
     """Turn a failure to write a file of this node into a sentence."""
     try:
         yield
     except OSError as error:
-        way_out = "Free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} else "Let this user write there"
+        way_out = next((words for words, numbers in WAYS_OUT.items() if error.errno in numbers), "Mend that")
         raise DataError(f"{path} cannot be written to disk: {error.strerror or error}. {way_out}, then start again.") from error
 
 

@@ -147,9 +147,9 @@ def list_shards(uri: str) -> list[StoredObject]:
     shards = [item for item in listed if item.uri.endswith(".tar")]
     if not shards:
         raise ObjectMissing(f"There are no .tar objects under {uri} ({len(listed):,} other objects); check the spelling of the prefix.")
-    if packed := [item.uri for item in listed if re.search(r"\.(tar\.\w+|tgz)$", item.uri)]:
+    if packed := [item.uri for item in listed if re.search(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2|txz)$", item.uri)]:
         raise BadRequest(
-            f"{packed[0]} is packed ({len(packed):,} such shards of {len(shards):,} plain ones): unpack it to .tar, or move it away."
+            f"{packed[0]} is packed ({len(packed):,} packed beside {len(shards):,} plain ones): unpack it to .tar, or move it away."
         )
     return shards
 

@@ -94,13 +94,14 @@ def _members(file: BinaryIO, size: int, name: str, problems: Problems) -> Iterat
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.issparse():  # its size is what it unpacks to, so nobody knows where it ends
+                    problems.add("sparse member", name, member.name, "its bytes do not lie in one piece; pack it without --sparse")
+                    return
                 end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
                 if end > size:
                     problems.add("truncated shard", name, member.name, f"{size:,} bytes, its last member ends at byte {end:,}")
                     return
-                if member.issparse():
-                    problems.add("sparse member", name, member.name, "its bytes do not lie in one piece; pack it without --sparse")
-                elif member.isreg():
+                if member.isreg():
                     yield member.name, Place(member.offset_data, member.size)
                 elif not member.isdir():
                     problems.ignored["links and devices"] += 1

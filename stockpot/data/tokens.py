@@ -5,6 +5,7 @@ trained on and served with.
 """
 
 import io
+import tokenize
 
 import numpy as np
 import torch
@@ -17,13 +18,17 @@ from stockpot.preparation import Tokens
 MAGIC = b"\x93NUMPY"
 """How an array begins, and no image does."""
 
+DAMAGED = (ValueError, OSError, EOFError, SyntaxError, TypeError, MemoryError, tokenize.TokenError)
+"""What numpy raises on files that are not what they say."""
+
 
 def decode(data: bytes) -> NDArray[np.int32]:
     """Token ids, at least one. Raises `Undecodable` with the reason."""
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise Undecodable(f"is no readable array of tokens ({str(error).splitlines()[0]}; starts with {data[:8]!r})", "tokens") from error
+    except DAMAGED as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Undecodable(f"is no readable array of tokens ({reason}; starts with {data[:8]!r})", "tokens") from error
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
         raise Undecodable(f"is an array of {array.dtype} and shape {list(array.shape)}, needed is one row of integers", "tokens")
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:

@@ -9,6 +9,7 @@ from mlflow.exceptions import RestException
 from stockpot.fields import Closed
 from stockpot.ledger.connection import asking, client
 from stockpot.ledger.limits import MODEL_TAG
+from stockpot.ledger.records import parsed
 
 
 class Move(Closed):
@@ -28,7 +29,7 @@ def note_move(model: str, move: Move) -> None:
 def read_move(model: str) -> Move | None:
     """The move under way; None when the last one was finished."""
     told = _tags(model).get("stockpot.move")
-    return Move.model_validate_json(told) if told else None
+    return parsed(Move, told, f"The tag `stockpot.move` of {model}") if told else None
 
 
 def clear_move(model: str) -> None:

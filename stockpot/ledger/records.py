@@ -18,6 +18,6 @@ def parsed(kind: type[Kind], text: str | bytes, what: str) -> Kind:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "JSON"
         raise RecordUnreadable(
-            f"{what} was written by another Stockpot, and this one cannot read it (`{place}`: {first['msg']}); read it with the one that "
-            "wrote it, or delete it and make it anew with this one."
+            f"{what} is not as this Stockpot writes it (`{place}`: {first['msg']}); read it with the one that wrote it, or delete it and "
+            "make it anew."
         ) from error

@@ -20,6 +20,7 @@ from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging
 from stockpot.ledger.connection import address, asking, client, experiment, is_gone, quoted, search_models, search_versions
+from stockpot.ledger.records import parsed
 from stockpot.outcomes import GateDecision, ModelVersion, Scores, VersionSummary, soup_id
 
 ALIASES = ("champion", "challenger", "previous")
@@ -121,7 +122,9 @@ def list_versions(model: str | None = None) -> list[VersionSummary]:
             sweep_id=one.tags.get("stockpot.sweep", ""),
             recipe=one.tags.get("stockpot.recipe", ""),
             ingredients=tuple(filter(None, one.tags.get("stockpot.ingredients", "").split(","))),
-            scores=Scores.model_validate_json(told) if (told := one.tags.get("stockpot.scores")) else None,
+            scores=parsed(Scores, told, f"The tag `stockpot.scores` of {one.name}/{one.version}")
+            if (told := one.tags.get("stockpot.scores"))
+            else None,
             registered=datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )
         for one in sorted(found, key=lambda one: (str(one.name), -int(one.version)))

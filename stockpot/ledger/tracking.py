@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -167,9 +167,9 @@ def find_earlier(sweep: Sweep, most: int) -> list[tuple[Ingredient, str]]:
     with asking():
         models = search_models(sweep.request.model, f"tags.`stockpot.init` = '{sweep.init.digest}'")
     found = {
-        one.trial_id: (one, tags["stockpot.sweep"])
-        for tags in (model.tags for model in models)
-        if "stockpot.ingredient" in tags and (one := _ingredient(tags["stockpot.ingredient"])).trial_id not in own
+        one.trial_id: (one, model.tags["stockpot.sweep"])
+        for model in models
+        if "stockpot.ingredient" in model.tags and (one := _ingredient(model)).trial_id not in own
     }
     return sorted(found.values(), key=lambda pair: (-pair[0].held_out.value, pair[0].trial_id))[:most]
 
@@ -270,12 +270,12 @@ def run_page(mlflow_run_id: str, model: str) -> str:
 
 def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
-    tags = [one.tags["stockpot.ingredient"] for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
-    return [_ingredient(tag) for tag in tags]
+    found = [one for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]
+    return [_ingredient(one) for one in found]
 
 
-def _ingredient(tag: str) -> Ingredient:
-    return parsed(Ingredient, tag, "The tag `stockpot.ingredient` of a trial")
+def _ingredient(found: LoggedModel) -> Ingredient:
+    return parsed(Ingredient, found.tags["stockpot.ingredient"], f"The tag `stockpot.ingredient` of LoggedModel {found.model_id}")
 
 
 @contextmanager
@@ -323,7 +323,7 @@ def _report_metrics(report: SoupReport) -> list[Metric]:
 
 def _standing(run: Run, sweep: Sweep) -> Enough | None:
     told = run.data.tags.get("stockpot.enough")
-    found = Enough.model_validate_json(told) if told else None
+    found = parsed(Enough, told, f"The tag `stockpot.enough` of MLflow run {run.info.run_id}") if told else None
     return found if found and found.rule == sweep.request.fan_out.stop else None
 
 

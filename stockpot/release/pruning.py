@@ -52,12 +52,12 @@ def plan_removal(model: str, keep_top: int = 8, min_age_h: float = 24.0) -> Plan
     trials |= {name for version in versions if version.aliases for name in version.ingredients}
     youngest = datetime.now(UTC) - timedelta(hours=min_age_h)
     found = [one for one in everything if one.made <= youngest and one.ingredient_id not in trials and one.model_id not in soups]
-    taken = {one.ingredient_id for one in found}
+    gone = {one.ingredient_id for one in found if one.whole} - {one.ingredient_id for one in {*everything} - {*found} if one.whole}
     removable = [Removable(model_id=one.model_id, kind=one.kind, about=one.about, size=stored.stored_bytes(one.model_id)) for one in found]
     return Plan(
         removable=tuple(sorted(removable, key=lambda one: -one.size)),
         stored=len(everything),
-        forgets=tuple(f"{version.model}/{version.version}" for version in versions if taken & {*version.ingredients}),
+        forgets=tuple(f"{version.model}/{version.version}" for version in versions if gone & {*version.ingredients}),
     )
 
 

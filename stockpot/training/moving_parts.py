@@ -45,8 +45,8 @@ class Training:
     """A model on its way, from the shared init or from a training state.
 
     rank, world: this process among those that train the model together, each on its share of every batch; gradients are averaged over
-    them. shards: what cut the model over them, if it is cut. Raises `BadRequest` when `frozen` names no parameter, or all of them, and when
-    tokens should be mixed.
+    them. shards: what cut the model over them, if it is cut. Raises `BadRequest` when tokens should be
+    mixed.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Training:
         shards: Shards | None = None,
     ) -> None:
         require_mixable(settings, preprocess)
-        optimisation.freeze(model, settings.frozen)
         self.model, self.settings, self.preprocess, self.rank, self.shards = model, settings, preprocess, rank, shards
         self.device = next(model.parameters()).device
         self.rule = optimisation.optimiser(model, settings, sharded=shards is not None)
@@ -197,6 +196,11 @@ class Training:
         """Put whole weights into the model."""
         own = self.model.state_dict()
         self.model.load_state_dict({name: cut(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether `wearing` shows the whole model on this rank."""
+        return self.shards is None or self.shards.first
 
     def wearing(self, weights: Weights) -> AbstractContextManager[nn.Module]:
         """The whole model with other weights, as long as it is looked at."""

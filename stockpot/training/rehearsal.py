@@ -17,20 +17,24 @@ from stockpot.sweeps import draw
 from stockpot.training.augmentation import augmentation
 from stockpot.training.losses import loss_function, require_mixable
 from stockpot.training.optimisation import frozen_names, require_layers
+from stockpot.training.sharding import require_divisible
 
 DRAWS = 64
 """Times an augmentation is tried on a small picture: operations are drawn, so once is not enough."""
 
 
-def rehearse(spec: SweepSpec, config: ModelConfig) -> None:
-    """Name everything the sweep's trials will name of a model with this config. Raises `BadRequest` for what there is not."""
+def rehearse(spec: SweepSpec, config: ModelConfig, *, sharded: bool = False) -> None:
+    """Name everything the sweep's trials will name of a model with this config. Raises `BadRequest` for what there is not, and for a model
+    that GPUs cannot share."""
     drawn = draw(spec)
-    patterns = {settings.frozen for settings in drawn} - {()}
+    patterns = {settings.frozen for settings in drawn}
     by_layer = any(settings.layer_decay < 1 for settings in drawn)
-    if patterns or by_layer:
+    if patterns != {()} or by_layer or sharded:
         model = build(config)
         for frozen in sorted(patterns):
-            frozen_names(model, frozen)
+            kept = frozen_names(model, frozen)
+            if sharded:
+                require_divisible(model, kept)
         if by_layer:
             require_layers(model)
     for settings in drawn:

@@ -7,7 +7,7 @@ what is gathered, the first one keeps.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,28 +16,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stockpot.errors import TrialFailed
+from stockpot.errors import BadRequest
 from stockpot.training.candidates import Checkpoint, State, Weights, own_tensors
 
 
 class Shards:
-    """A model of which this rank holds a share from now on. Raises `TrialFailed` for one that cannot be cut.
+    """A model of which this rank holds a share from now on. Raises `BadRequest` for one that cannot be cut.
 
     device: its kind is that of every rank's own device, where blocks arrive one after the other.
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:
-        numbers = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 0}
-        for name, parameter in numbers.items():
-            if parameter.requires_grad:
-                raise TrialFailed(f"The parameter `{name}` is a single number, which cannot be cut; leave `sharded` out.")
+        require_divisible(model)
+        numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
         self.model, self.device = model, torch.device(device)
         self.first = distributed.get_rank() == 0
-        self.whole = copy.deepcopy(model)
+        self.whole = copy.deepcopy(model) if self.first else None
         """What is evaluated, and becomes a candidate; on the CPU otherwise."""
         mesh = init_device_mesh(self.device.type, (distributed.get_world_size(),))
         for part in (*blocks(model), model):
-            fully_shard(part, mesh=mesh, ignored_params={*numbers.values()})
+            fully_shard(part, mesh=mesh, ignored_params=numbers)
 
     def agreed(self, checkpoint: Checkpoint) -> Checkpoint:
         """The first rank's checkpoint. All ranks give their part of a state it asks for: after every step they hear whether it does."""
@@ -68,8 +66,12 @@ class Shards:
 
     @contextmanager
     def wearing(self, weights: Weights) -> Iterator[nn.Module]:
-        """The whole model with other weights, as `candidates.wearing`; on the first rank, elsewhere it is not the model."""
-        self.whole.load_state_dict(self.gathered({**own_tensors(self.model), **weights}), strict=False)
+        """The whole model with other weights, as `candidates.wearing`, on the first rank; elsewhere the shares as they are."""
+        gathered = self.gathered({**own_tensors(self.model), **weights})
+        if self.whole is None:
+            yield self.model
+            return
+        self.whole.load_state_dict(gathered, strict=False)
         try:
             yield self.whole
         finally:
@@ -80,6 +82,13 @@ class Shards:
         told = torch.tensor(word, device=self.device)
         distributed.broadcast(told, 0)
         return told
+
+
+def require_divisible(model: nn.Module, frozen: Collection[str] = ()) -> None:
+    """Raises `BadRequest` for a trained parameter that is a single number, but for `frozen` ones."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0 and parameter.requires_grad and name not in frozen:
+            raise BadRequest(f"The parameter `{name}` is a single number, which GPUs cannot share; freeze it, or leave `sharded` out.")
 
 
 def cut(tensor: Tensor, like: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def train(
     the loss or a weight is no number, `TrialFailed` when memory runs out, `BadRequest` for `frozen` names that the model does not have.
     """
     with room_for(f"the model, {gigabytes(model.parameters())} of weights", "Use a device with more memory, or a smaller model.")():
+        optimisation.freeze(model, settings.frozen)  # before it is cut: a number that stays as it is may stay whole
         shards = Shards(model, device) if sharded else None
         model.to(device).train()
     training = Training(model, settings, preprocess, rank=rank, world=world, shards=shards)
@@ -105,12 +106,13 @@ def evaluate(training: Training, best: Best, score: Score | None, log: Log) -> N
 
 
 def _finish(training: Training, best: Best) -> dict[float, Candidate]:
-    """The candidates, all of numbers, and the first of them in the model."""
+    """The candidates, all of numbers, and the first of them in the model; none on a rank that only gives its shares."""
     candidates: dict[float, Candidate] = {}
     for decay, average in {0.0: Weights(), **training.averages.averages}.items():
         with training.wearing(average) as model:
-            require_finite(model.state_dict(), training.step, training.settings)
-            candidates[decay] = best.found.get(decay) or Candidate(on_cpu(model), training.step)
+            if training.sees_whole:
+                require_finite(model.state_dict(), training.step, training.settings)
+                candidates[decay] = best.found.get(decay) or Candidate(on_cpu(model), training.step)
     if 0.0 in best.found:
         training.load(best.found[0.0].weights)
     return candidates

@@ -30,8 +30,6 @@ from tests.requests_for_tests import DATA, INIT, REQUEST
         ({"fan_out": {"quorum": 1.5}}, "less than or equal to 1"),
         ({"fan_out": {"sharded": True}}, "cuts a model over the GPUs of a trial, which has one"),
         ({"fan_out": {"stop": {"below": 0.001}}}, "asks after 8 finished trials and the sweep has 8, so it could spare none"),
-        ({"soup": {"minimum": 9}}, "`soup.minimum` is 9 and the sweep leaves 8 ingredients at the most"),
-        ({"gate": {"suite_tolerances": {"blure": 0.1}}}, "names blure, and the suites of `data.shifts` are none; correct the name"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(change, said):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from stockpot.config import RetrainRequest, SweepSpec
 from stockpot.errors import BadRequest
-from stockpot.sweeps import draw, plan
+from stockpot.sweeps import allotted, draw, plan
 from tests.requests_for_tests import DATA, INIT, REQUEST
 
 SPACE = {
@@ -48,6 +48,19 @@ def test_log_uniform_spends_equal_shares_on_every_decade():
     rates = [settings.learning_rate for settings in draw(SweepSpec(trials=400, seed=1, space=SPACE))]
     assert 0.4 < sum(rate < 1e-5 for rate in rates) / len(rates) < 0.6
     assert math.isclose(sum(map(math.log10, rates)) / len(rates), -5, abs_tol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"soup": {"minimum": 9}}, "`soup.minimum` is 9 and the sweep leaves 8 ingredients at the most"),
+        ({"gate": {"suite_tolerances": {"blure": 0.1}}}, "names blure, and the suites of `data.shifts` are none; correct the name"),
+    ],
+)
+def test_what_a_sweep_cannot_come_to_is_refused_when_it_is_asked_for_and_can_be_read_where_it_was(change, said):
+    asked = RetrainRequest.model_validate({**REQUEST, **change})
+    with pytest.raises(BadRequest, match=said):
+        allotted(asked)
 
 
 def test_a_space_with_too_few_trials_is_refused():

@@ -1,6 +1,7 @@
 """Promise: texts go the way of images: token ids are published, read exactly, trained on, souped, judged and served, and what cannot work
 is refused in a sentence. An encoder's answer is transformers' own on the bare tokens; tied weights are one tensor all the way."""
 
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -163,6 +164,7 @@ def test_the_same_tokens_in_another_type_are_the_same_text() -> None:
         (npy([1, 2, 3])[:-4], "is no readable array of tokens"),
         (picture(0), "is no readable array of tokens .* starts with"),
         (b"", "is no readable array of tokens"),
+        (npy([1, 2, 3]).replace(b"(3,)", b"(%d,)" % 10**12), "is no readable array of tokens"),
         (npy([{}], "object"), "is no readable array of tokens .*allow_pickle"),
         (npy([3, VOCABULARY]), f"holds token {VOCABULARY}, the vocabulary ends at {VOCABULARY - 1}"),
         (npy([0, 0]), r"holds nothing but padding \(token 0\)"),
@@ -171,6 +173,17 @@ def test_the_same_tokens_in_another_type_are_the_same_text() -> None:
 def test_what_is_no_text_is_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(Undecodable, match=reason):
         tokens.fit(tokens.decode(data), FORM)
+
+
+def test_a_damaged_byte_makes_other_tokens_or_a_sentence() -> None:
+    good = npy([1, 2, 3])
+    refused = 0
+    for place, byte in product(range(len(good)), b"\0 '(}x\xff"):
+        try:
+            tokens.decode(good[:place] + bytes([byte]) + good[place + 1 :])
+        except Undecodable:
+            refused += 1
+    assert 0 < refused < len(good) * 7
 
 
 def test_unreadable_texts_are_found_before_there_is_a_snapshot(tmp_path: Path) -> None:

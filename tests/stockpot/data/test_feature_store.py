@@ -48,7 +48,10 @@ def test_rows_are_computed_once_and_read_only() -> None:
 
 def test_a_killed_computation_goes_on_behind_its_last_whole_piece() -> None:
     if not (child := os.fork()):
-        stored_rows("a-b", (10, 3), Source(until=8))
+        try:
+            stored_rows("a-b", (10, 3), Source(until=8))
+        finally:
+            os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     source = Source()
     assert np.array_equal(stored_rows("a-b", (10, 3), source).rows, TRUE)

@@ -88,7 +88,7 @@ def test_a_shard_listed_twice_and_a_prefix_without_tars_are_refused(tmp_path: Pa
 def test_packed_tars_among_the_shards_are_refused(tmp_path: Path) -> None:
     lay(str(tmp_path), shards=1)
     (tmp_path / "part-001.tar.gz").write_bytes(b"more samples")
-    with pytest.raises(BadRequest, match=r"part-001\.tar\.gz is packed \(1 such shards of 1 plain ones\)"):
+    with pytest.raises(BadRequest, match=r"part-001\.tar\.gz is packed \(1 packed beside 1 plain ones\)"):
         registered(str(tmp_path))
 
 

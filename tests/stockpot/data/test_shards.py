@@ -153,14 +153,16 @@ def test_what_an_epoch_left_early_took_from_storage_is_counted(snapshot: Snapsho
 @pytest.mark.parametrize("by", ["training", "evaluation"])
 def test_the_janitor_spares_what_is_being_read(snapshot: Snapshot, node: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     left: list[int] = []
+    monkeypatch.setattr(node_cache, "_unlocked", lambda path: path.is_file())  # the folder being built has a lock, held by this process
+
+    class OnAFullDisk(NodeCache):
+        def free(self) -> int:
+            return 0
 
     def meddling(image: Tensor, seed: int | Preprocess) -> Tensor:
-        with monkeypatch.context() as patch:
-            patch.setattr(NodeCache, "free", lambda self: 0)
-            patch.setattr(node_cache, "_unlocked", lambda path: path.is_file())  # the folder being built has a lock, held by this process
-            before = set(node.rglob("*.tar"))
-            NodeCache().evict(1)
-            left.append(len(before - set(node.rglob("*.tar"))))
+        before = set(node.rglob("*.tar"))
+        OnAFullDisk().evict(1)
+        left.append(len(before - set(node.rglob("*.tar"))))
         return eval_transform(image, PREPROCESS)
 
     if by == "training":

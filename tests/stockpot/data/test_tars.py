@@ -28,13 +28,13 @@ def sample(key: str, label: bytes = b"1", image: bytes = PICTURES[0]) -> list[tu
 
 
 def sparse(members: list[tuple[str, bytes]]) -> bytes:
-    """As `tar --sparse` leaves it: the picture is one byte after a hole of a block, by its map."""
+    """As `tar --sparse` leaves it: the picture is one byte after a hole of a megabyte, by its map."""
     data = bytearray(tar(members[:-1])[: 2 * 512])
     info = tarfile.TarInfo(members[-1][0])
     info.type, info.size = tarfile.GNUTYPE_SPARSE, 1
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[386:410] = b"%011o\0%011o\0" % (512, 1)
-    header[483:495] = b"%011o\0" % 513
+    header[386:410] = b"%011o\0%011o\0" % (2**20, 1)
+    header[483:495] = b"%011o\0" % (2**20 + 1)
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(data + header + b"x".ljust(512, b"\0") + bytes(1024))

@@ -81,7 +81,7 @@ def test_what_an_earlier_stockpot_wrote_by_other_rules_is_refused_in_a_sentence(
     old = sweep.model_dump(mode="json")
     old["request"]["soup"]["mixing"]["share"] = 1.0  # as was once allowed
     client().log_text(tracking.open_sweep(sweep), json.dumps(old), "sweep.json")
-    why = r"another Stockpot, and this one cannot read it \(`request\.soup\.mixing\.share`: Input should be less than 1\); read it with"
+    why = r"is not as this Stockpot writes it \(`request\.soup\.mixing\.share`: Input should be less than 1\); read it with"
     with pytest.raises(RecordUnreadable, match=f"^`sweep.json` of MLflow run .* {why}"):
         tracking.read_sweep(sweep.id)
     for text, place in (("{}", "`trial_id`: Field required"), ("{", "`JSON`: Invalid JSON")):
