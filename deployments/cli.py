@@ -116,7 +116,8 @@ def retrain(
     as_json: AsJson = False,
 ) -> None:
     """Start one retraining. The same request again repeats no finished trial and registers nothing twice."""
-    from deployments.starting import read_request, start, watch_to_end
+    from deployments.reading import read_request
+    from deployments.starting import start, watch_to_end
     from deployments.surroundings import check_prefect, check_request
 
     wanted = read_request(request)

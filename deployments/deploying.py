@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from deployments.starting import as_request
+from deployments.reading import as_request, syntax
 from stockpot.errors import BadRequest, ServerUnreachable
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +51,7 @@ def _check_schedules() -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"{PREFECT_FILE} cannot be read ({error}); restore it from the repository.") from error
     except yaml.YAMLError as error:
-        raise BadRequest(
-            f"{PREFECT_FILE} is not YAML: {' '.join(str(error).split())}; mend it, then run `stockpot deploy` again."
-        ) from error
+        raise BadRequest(f"{PREFECT_FILE} is not YAML: {syntax(error)}; mend it, then run `stockpot deploy` again.") from error
     if not isinstance(document, dict) or not isinstance(document.get("deployments"), list):
         raise BadRequest(f"{PREFECT_FILE} has no list `deployments`; restore it from the repository.")
     for deployment in document["deployments"]:

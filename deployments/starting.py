@@ -4,16 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import yaml
-from pydantic import ValidationError
-
-from stockpot.config import RetrainRequest
-from stockpot.errors import BadRequest, StockpotError
-from stockpot.fields import ADDRESS, NAME
+from stockpot.errors import StockpotError
 
 POLL_S = 1.0
 
@@ -31,51 +25,6 @@ class Started:
     def where(self) -> str:
         """Where a person finds it."""
         return self.page or f"flow run {self.id}"
-
-
-def read_request(path: Path) -> RetrainRequest:
-    """A request from a YAML file. Raises `BadRequest` naming every field that is wrong."""
-    try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise BadRequest(f"There is no request file {path}; deployments/requests/ has ready-made ones.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"The request {path} cannot be read ({error}); give a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise BadRequest(f"The request {path} is not YAML: {' '.join(str(error).split())}") from error
-    return as_request(document, str(path))
-
-
-def as_request(document: Any, source: str) -> RetrainRequest:
-    """The request that `source` holds as plain fields. Raises `BadRequest` naming every field that is wrong."""
-    if not isinstance(document, dict):
-        raise BadRequest(f"The request {source} holds {type(document).__name__}, not fields; start from one of deployments/requests/.")
-    try:
-        return RetrainRequest.model_validate(document)
-    except ValidationError as error:
-        raise BadRequest(f"The request {source} is refused: {'; '.join(_problem(one) for one in error.errors())}.") from error
-
-
-_PATTERNS = {
-    NAME: "a name of letters, digits, `.`, `_` and `-`",
-    ADDRESS: "an address such as s3://bucket/photos, file:///data/photos or /data/photos",
-}
-"""What the patterns of `stockpot.config` mean, for people."""
-
-
-def _problem(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            return f"`{where}` is no field"
-        case "missing":
-            return f"`{where}` is missing"
-        case "string_pattern_mismatch":
-            return f"`{where}` is {error['input']!r}, needed: {_PATTERNS[error['ctx']['pattern']]}"
-        case "value_error":
-            return f"`{where}`: {error['ctx']['error']}"
-        case _:
-            return f"`{where}` is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def start(deployment: str, parameters: dict[str, Any], *, name: str, tags: list[str]) -> Started:
@@ -183,16 +132,32 @@ def _live(console: Any) -> Iterator[Any]:
 
 
 def _plain() -> Any:
-    """One line per change of state."""
+    """One line per change of state, with its time; where a trial ended, with how many of those started have finished. What a child said at
+    its end its parent does not say again."""
     seen: dict[UUID, str] = {}
+    told: list[str] = []
 
     def show(run: Any, children: list[Any]) -> None:
-        for one in (run, *sorted(children, key=lambda child: child.name)):
-            if one.state is not None and seen.get(one.id) != one.state.name:
-                seen[one.id] = one.state.name
-                print(
-                    f"{one.name}: {one.state.name}{f' ({one.state.message})' if one.state.message and one.state.is_final() else ''}",
-                    flush=True,
-                )
+        trials = [child for child in children if child.name.startswith("trial-")]
+        finished = len({child.name for child in trials if child.state.is_completed()})
+        count = f", {finished} of {len({child.name for child in trials})} trials finished"
+        for one in (*sorted(children, key=lambda child: child.name), run):
+            if one.state is None or seen.get(one.id) == one.state.name:
+                continue
+            seen[one.id] = one.state.name
+            ended = one.state.is_final()
+            said = (one.state.message or "") if ended else ""
+            if one is run:
+                said = _less(said, told)
+            told.append(said)
+            behind = (count if ended and one in trials else "") + (f" ({said})" if said else "")
+            print(f"{time.strftime('%H:%M:%S')} {one.name}: {one.state.name}{behind}", flush=True)
 
     return show
+
+
+def _less(message: str, told: list[str]) -> str:
+    """A message without what was told already, where it ends in that."""
+    for one in told:
+        message = message.removesuffix(one).strip()
+    return message

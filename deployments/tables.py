@@ -35,6 +35,7 @@ def sweep_document(sweep_id: str) -> dict[str, Any]:
         ],
         "finished": sum(trial.id in found for trial in sweep.trials),
         "report": report.model_dump(mode="json") if report else None,
+        "page": tracking.report_page(report) if report else None,
         "version": version.model_dump(mode="json") if version else None,
     }
 
@@ -67,6 +68,8 @@ def sweep_text(document: dict[str, Any]) -> str:
         parts += [comparison(report), *[f"Left out: trial {trial}: {reason}" for trial, reason in report.excluded.items()]]
     if document["version"]:
         parts.append(version_line(ModelVersion.model_validate(document["version"])))
+    if document["page"]:
+        parts.append(f"The whole report: {document['page']}")
     return "\n".join(parts)
 
 

@@ -69,18 +69,20 @@ class Depending(Closed):
 
 
 def _kind(distribution: Any) -> str | None:
-    """Which distribution is meant: the one field that none of the others has."""
-    fields = distribution if isinstance(distribution, dict) else type(distribution).model_fields
-    return next((name for name in ("choice", "uniform", "log_uniform", "int_uniform", "probability", "given") if name in fields), None)
+    """Which distribution is meant: the one field that none of the others has. In angle brackets, by which an error's place tells it from
+    the fields on the way."""
+    fields = distribution if isinstance(distribution, dict) else getattr(type(distribution), "model_fields", ())
+    kinds = ("choice", "uniform", "log_uniform", "int_uniform", "probability", "given")
+    return next((f"<{name}>" for name in kinds if name in fields), None)
 
 
 Distribution = Annotated[
-    Annotated[Choice, Tag("choice")]
-    | Annotated[Uniform, Tag("uniform")]
-    | Annotated[LogUniform, Tag("log_uniform")]
-    | Annotated[IntUniform, Tag("int_uniform")]
-    | Annotated[Sometimes, Tag("probability")]
-    | Annotated[Depending, Tag("given")],
+    Annotated[Choice, Tag("<choice>")]
+    | Annotated[Uniform, Tag("<uniform>")]
+    | Annotated[LogUniform, Tag("<log_uniform>")]
+    | Annotated[IntUniform, Tag("<int_uniform>")]
+    | Annotated[Sometimes, Tag("<probability>")]
+    | Annotated[Depending, Tag("<given>")],
     Discriminator(
         _kind,
         custom_error_type="no_distribution",

@@ -66,7 +66,7 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
 
 def demo_request(uris: dict[str, Any], config: str, weights: str, seed: int) -> RetrainRequest:
     """The ready-made request `deployments/requests/digits.yaml` with this run's snapshots and base model filled in."""
-    from deployments.starting import read_request
+    from deployments.reading import read_request
 
     request = read_request(TEMPLATE)
     return request.model_copy(

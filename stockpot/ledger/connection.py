@@ -47,7 +47,7 @@ def address() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise ServerUnreachable(
-            "MLFLOW_TRACKING_URI is not set, so there is no ledger to write to; set it to the address of an MLflow server, "
+            "MLFLOW_TRACKING_URI is not set, so there is no ledger; set it to the address of an MLflow server, "
             "or start the local one with `stockpot stack up`."
         )
     return uri

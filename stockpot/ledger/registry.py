@@ -6,6 +6,7 @@ once agree on the lowest version number, and every alias is read back. Its searc
 
 import json
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -154,11 +155,17 @@ def no_version(model: str, alias: str) -> RegistryError:
             f"The registry at {address()} has no version of {model}; `stockpot status` lists the sweeps, "
             "`stockpot soup SWEEP` registers a soup."
         )
-    told = ", ".join(map(str, numbers[-10:]))
-    return RegistryError(
-        f"{model} has no {alias}, but versions {told}; name one, such as {model}/{numbers[-1]}, or make it champion with "
-        f"`stockpot promote {model} --version {numbers[-1]}`."
-    )
+    named = aliases(model)
+    borne = {number: ", ".join(sorted(name for name, at in named.items() if at == number)) for number in numbers[-10:]}
+    told = ", ".join(f"{number} ({names})" if names else str(number) for number, names in borne.items())
+    others = [number for number in numbers if number != named.get("champion")]
+    if near := get_close_matches(alias, named, 1):
+        then = f"write {model}@{near[0]}, if that is meant"
+    elif others:
+        then = f"name one, such as {model}/{others[-1]}, or make it champion with `stockpot promote {model} --version {others[-1]}`"
+    else:
+        then = "there is no other to take; a retraining on new data, or with another sweep, registers the next"
+    return RegistryError(f"{model} has no {alias}, but versions {told}; {then}.")
 
 
 def _no_files(model: str, number: int) -> RegistryError:

@@ -268,6 +268,11 @@ def run_page(mlflow_run_id: str, model: str) -> str:
         return f"{address().rstrip('/')}/#/experiments/{experiment(model)}/runs/{mlflow_run_id}"
 
 
+def report_page(report: SoupReport) -> str:
+    """The address of a soup's page for a browser."""
+    return f"{run_page(report.mlflow_run_id, report.model)}/artifacts/report.html"
+
+
 def _ingredients(model: str, condition: str) -> list[Ingredient]:
     """Finished ingredients of an experiment, oldest first."""
     found = [one for one in search_models(model, condition) if "stockpot.ingredient" in one.tags]

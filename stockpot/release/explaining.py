@@ -66,6 +66,7 @@ def tell(story: Story) -> str:
         _gate(version, story.decision),
         _history(version),
         f"Weights: sha256 {version.soup_sha256}. {_rebuildable(story)}",
+        f"The whole report: {tracking.report_page(report)}",
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -19,9 +19,27 @@ def write(tmp_path, document):
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ({**REQUEST, "colour": "red"}, "`colour` is no field"),
+        ({**REQUEST, "colour": "red"}, "`colour` is no field (there are `model`, `store`, `data`, `base`, `init`, `sweep`, "),
+        ({**REQUEST, "classes": ["cat"]}, "`classes` is no field (the classes are those of the snapshot)."),
+        ({**REQUEST, "sweep": {"trails": 3}}, "`sweep.trails` is no field (did you mean `trials`?)."),
+        ({**REQUEST, "base": {"arch": "a", "preprocess": {"sise": 8}}}, "`base.preprocess.sise` is no field (did you mean `size`?)"),
+        ({**REQUEST, "base": None}, "`base` is empty, needed: fields."),
+        ({**REQUEST, "base": {"arch": "timm:test_vit"}, "init": {"head": "zero_shot"}}, "is refused: `timm:test_vit` has no text tower"),
         ({key: REQUEST[key] for key in ("model", "store", "data")}, "`base` is missing"),
-        ({**REQUEST, "sweep": {"trials": 0}}, "`sweep.trials` is 0: input should be greater than or equal to 1"),
+        ({**REQUEST, "sweep": {"trials": 0}}, "`sweep.trials` is 0, needed: at least 1 and at most 1000."),
+        ({**REQUEST, "sweep": {"trials": "many"}}, "`sweep.trials` is 'many', needed: a whole number."),
+        ({**REQUEST, "sweep": {"settings": {"smallest_crop": 0}}}, "`sweep.settings.smallest_crop` is 0, needed: above 0 and at most 1."),
+        ({**REQUEST, "sweep": {"settings": {"schedule": "step"}}}, "is 'step', needed: 'cosine', 'constant' or 'linear'."),
+        ({**REQUEST, "sweep": {"grid": {"seed": []}}}, "`sweep.grid.seed` is [], needed: entries, 1 or more."),
+        (
+            {**REQUEST, "sweep": {"space": {"learning_rate": {"log_uniform": ["low", 1]}}}},
+            "`sweep.space.learning_rate.log_uniform.0` is 'low', needed: a number.",
+        ),
+        (
+            {**REQUEST, "sweep": {"space": {"mixup": {"probability": 2, "value": 0, "otherwise": {"uniform": [0, 1]}}}}},
+            "`sweep.space.mixup.probability` is 2, needed: at least 0 and at most 1.",
+        ),
+        ({**REQUEST, "sweep": {"space": {"learning_rate": 0.1}}}, "`sweep.space.learning_rate` is 0.1: no distribution; write choice"),
         (
             {**REQUEST, "sweep": {"space": {"learning_rate": {"log_uniform": [0, 1]}}}},
             "impossible",
@@ -32,8 +50,12 @@ def write(tmp_path, document):
         ),
         ({**REQUEST, "model": "my photos"}, "`model` is 'my photos', needed: a name of letters"),
         ({**REQUEST, "store": "store"}, "`store` is 'store', needed: an address such as s3://bucket/photos"),
-        ("model: [", "is not YAML"),
-        ("just words", "holds str, not fields"),
+        ("model: [", "is not YAML: line 1, column 9: expected the node content, but found the end of the file."),
+        ("model: a\nstore: b: c", "is not YAML: line 2, column 9: mapping values are not allowed here."),
+        ("model: \0", "is not YAML: it holds characters that are no text."),
+        ("", "is empty; start from one of deployments/requests/."),
+        ("- model", "holds a list, not fields"),
+        ("just words", "holds a single value, not fields"),
     ],
 )
 def test_a_bad_request_is_one_sentence(stockpot, tmp_path, document, said):
@@ -47,6 +69,12 @@ def test_a_missing_request_file(stockpot):
     code, _, err = stockpot("retrain", "nowhere.yaml")
     assert code == 1
     assert "There is no request file nowhere.yaml" in err
+
+
+def test_a_request_that_is_no_text(stockpot, tmp_path):
+    assert stockpot("retrain", tmp_path) == (1, "", f"The request {tmp_path} is a folder; give a YAML file.\n")
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG\xff")
+    assert stockpot("retrain", tmp_path / "cat.png") == (1, "", f"The request {tmp_path}/cat.png is no text; give a YAML file.\n")
 
 
 def test_no_prefect_address(stockpot, tmp_path):
@@ -75,6 +103,15 @@ def test_no_mlflow_server(stockpot, tmp_path, monkeypatch, closed_port, words):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize("words", [("status",), ("models",), ("predict", "digits", "image.png")])
+def test_no_mlflow_address(stockpot, tmp_path, monkeypatch, words):
+    (tmp_path / "image.png").write_bytes(b"not yet looked at")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, _, err = stockpot(*words)
+    assert code == 1
+    assert "MLFLOW_TRACKING_URI is not set, so there is no ledger; set it" in err
+
+
 def test_wrong_usage_is_2(stockpot):
     assert stockpot("retrain")[0] == 2
     assert stockpot("retrein")[0] == 2
@@ -83,7 +120,7 @@ def test_wrong_usage_is_2(stockpot):
 
 def test_the_ready_made_requests_are_valid():
     from deployments.deploying import ROOT
-    from deployments.starting import read_request
+    from deployments.reading import read_request
     from stockpot.sweeps import draw
 
     for path in sorted((ROOT / "deployments" / "requests").glob("*.yaml")):
@@ -137,7 +174,7 @@ def test_a_scheduled_request_is_checked_when_it_is_deployed(stockpot, tmp_path, 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("deployments: [", "deployments/prefect.yaml is not YAML: while parsing"),
+        ("deployments: [", "deployments/prefect.yaml is not YAML: line 1, column 15: expected the node content"),
         ("name: stockpot\n", "deployments/prefect.yaml has no list `deployments`"),
         (None, "deployments/prefect.yaml cannot be read"),
     ],

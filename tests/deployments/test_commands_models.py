@@ -82,6 +82,8 @@ def test_a_version_is_told_and_rebuilt(run, model: str) -> None:
     told = run("explain", model)
     assert f"{model} version 1 is champion." in told
     assert all(trial in told for trial in champion.ingredients)
+    assert f"/runs/{champion.mlflow_run_id}/artifacts/report.html\n" in told
+    assert f"/runs/{champion.mlflow_run_id}/artifacts/report.html" in run("status", champion.sweep_id)
     assert f"{model} version 2 is challenger." in run("explain", f"{model}@challenger")
     document = json.loads(run("explain", f"{model}/2", "--json"))
     assert document["version"] == {"model": model, "version": 2, "alias": "challenger", "soup_sha256": challenger.soup_sha256}
@@ -101,6 +103,9 @@ def test_versions_are_listed_with_what_they_scored(run, refused, model: str) -> 
     assert f"{100 * champion.scores['greedy'].held_out.value:.2f}" in told
     assert f"greedy of {len(champion.ingredients)}" in told
     assert "has no version of nobody" in refused("models", "nobody")
+    assert f"{model} has no challnger, but versions 1 (champion), 2 (challenger); write {model}@challenger, if that is meant." in refused(
+        "explain", f"{model}@challnger"
+    )
 
 
 def test_a_person_crowns_and_rolls_back(run, model: str) -> None:
@@ -240,7 +245,7 @@ def test_a_version_deleted_under_its_alias_is_said_and_mended(refused, run, grou
     report = cook(sweep.id, say=[].append)
     releasing.gate(report, releasing.register(report), GateSpec())
     assert f"{model} has no challenger, but versions 1" in refused("promote", model)
-    assert f"{model} has no previous, but versions 1" in refused("rollback", model)
+    assert f"{model} has no previous, but versions 1 (champion); there is no other to take; a retraining" in refused("rollback", model)
     client().delete_model_version(model, "1")
     (tmp_path / "grey.png").write_bytes(packaging.GREY_PNG)
     for command in ("explain", "reproduce", "rollback", "promote"):

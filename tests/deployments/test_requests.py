@@ -119,6 +119,13 @@ def test_the_grids_are_the_published_ones(name, rates):
         )  # fmt: skip
 
 
+def test_the_small_one_downloads_nothing_and_is_small():
+    asked = request("small")
+    assert (asked.base.weights, asked.init.head) == (None, "random")
+    assert sum(tensor.numel() for tensor in load_base(asked.base).tower.values()) < 1e6
+    assert asked.sweep.trials * max(one.epochs for one in draw(asked.sweep)) <= 50
+
+
 def test_the_seeds_differ_in_nothing_else():
     drawn = draw(request("seeds").sweep)
     assert [one.seed for one in drawn] == [0, 1, 2, 3, 4]

@@ -255,7 +255,7 @@ def test_a_person_can_promote_roll_back_and_roll_forward(ground: Ground, model: 
     released(cooked(ground, model, tmp_path, 1))
     releasing.register(cooked(ground, model, tmp_path, 3, recipe="uniform"))
     registry.set_alias(model, "challenger", 2)
-    with pytest.raises(RegistryError, match="has no previous, but versions 1, 2"):
+    with pytest.raises(RegistryError, match=r"has no previous, but versions 1 \(champion\), 2 \(challenger\); name one, such as"):
         releasing.rollback(model)
     assert releasing.promote(model).version == 2
     assert (aliases(model), releasing.rollback(model).version) == ({"champion": 2, "challenger": None, "previous": 1}, 1)
