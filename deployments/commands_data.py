@@ -15,10 +15,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-Share = Annotated[str, typer.Option(help="Samples for this split: a whole number, or a fraction such as 0.02.")]
+Share = Annotated[
+    str, typer.Option(help="Samples for this split: a whole number, or a fraction such as 0.02; 0.1 or more where the dataset is small.")
+]
 OneSplit = Annotated[str | None, typer.Option("--split", help="Make the whole snapshot one split, such as test, instead of drawing.")]
 Classes = Annotated[
-    str | None, typer.Option(help="Text file with the class names, one a line; default: SOURCE/classes.txt if there is one.")
+    str | None,
+    typer.Option(
+        help="Text file with the class names, one a line, the first is label 0. Default for shards: SOURCE/classes.txt if there is one; "
+        "for class folders, each of which must be named: their names, sorted."
+    ),
 ]
 GroupBy = Annotated[str, typer.Option(help="pixels (identical pictures stay together), or a field of each sample's json.")]
 Salt = Annotated[str, typer.Option(help="Key of the hash that draws the splits.")]
@@ -47,7 +53,8 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Pack pictures, or texts as token ids, into shards and store them as a snapshot. Started again, it goes on where it stopped."""
-    _require(source)
+    _require(source, missing="check the path")
+    _require(dest, missing=None)
     from stockpot.data.publishing import publish as run
     from stockpot.data.snapshots import pin
 
@@ -78,7 +85,9 @@ def register(
     as_json: AsJson = False,
 ) -> None:
     """Make a snapshot of shards that exist already, in one full read; the shards are not touched, and all problems are reported at once."""
-    _require(*source)
+    _require(*source, missing="check the path")
+    if dest:
+        _require(dest, missing=None)
     from stockpot.data.registering import register as run
     from stockpot.data.snapshots import pin
 
@@ -129,21 +138,21 @@ def verify(
         print(f"All {of} are as they were ({seen}).")
 
 
-def _require(*addresses: str) -> None:
-    """Say what is wrong with an address before torch is imported, which takes longer than asking."""
+def _require(*addresses: str, **missing: str | None) -> None:
+    """Say what is wrong with an address before torch is imported, which takes longer than asking; `missing` as in `storage.check`."""
     from stockpot import storage
 
     for text in addresses:
-        storage.check(_address(text))
+        storage.check(_address(text), **missing)
 
 
 def _source(uri: str, classes: str | None) -> "ClassFolders | ExistingShards":
     from stockpot import storage
-    from stockpot.data.sources import ClassFolders, ExistingShards
+    from stockpot.data.sources import ClassFolders, ExistingShards, read_classes
     from stockpot.errors import BadRequest
 
     if not uri.endswith(".tar") and not any(item.uri.endswith(".tar") for item in storage.list_prefix(f"{uri.rstrip('/')}/")):
-        return ClassFolders(uri)
+        return ClassFolders(uri, read_classes(_address(classes)) if classes else ())
     names = _class_names(uri, classes)
     if names is None:
         raise BadRequest(
@@ -179,9 +188,9 @@ def _share(text: str) -> int | float:
 
 
 def _address(text: str) -> str:
-    from pathlib import Path
+    from stockpot import storage
 
-    return text if text.startswith(("s3://", "file://")) else str(Path(text).absolute())
+    return storage.address(text)
 
 
 def _last(uri: str) -> str:
@@ -191,6 +200,7 @@ def _last(uri: str) -> str:
 def _say(pinned: "PinnedSnapshot", left_out: list[str], as_json: bool) -> None:
     from stockpot.data.manifests import thin_classes
     from stockpot.data.snapshots import open_snapshot
+    from stockpot.errors import counted
 
     snapshot = open_snapshot(pinned)
     warnings = [*left_out, *thin_classes(snapshot)]
@@ -203,7 +213,8 @@ def _say(pinned: "PinnedSnapshot", left_out: list[str], as_json: bool) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
     splits = ", ".join(f"{split} {count:,}" for split, count in snapshot.counts.items())
-    print(f"{snapshot.manifest.name}: {splits} samples of {len(snapshot.classes)} classes in {len(snapshot.manifest.shards)} shards")
+    shards = counted(len(snapshot.manifest.shards), "shard")
+    print(f"{snapshot.manifest.name}: {splits} samples of {len(snapshot.classes)} classes in {shards}")
     print(f"snapshot {pinned.digest[:12]} is {pinned.uri}")
 
 

@@ -50,8 +50,7 @@ def check_request(request: RetrainRequest) -> None:
 
     allotted(request)
     connection.check_server()
-    if request.store.startswith("s3://"):
-        storage.check("/".join(request.store.split("/")[:3]))  # the bucket: the store itself is empty before the first sweep
+    storage.check(request.store, missing=None)  # it is empty before the first sweep
     for uri in (request.data.snapshot, request.data.test, *request.data.shifts.values()):
         if uri:
             pin(uri)

@@ -32,6 +32,11 @@ StockpotError                    a stated failure: the command line prints the m
 """
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 problem`, `2,000 problems`: as a message says how many."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class StockpotError(Exception):
     """Root of the family; `str(error)` is the whole message a person sees."""
 

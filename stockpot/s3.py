@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import fsspec.asyn
 import s3fs
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 from fsspec.exceptions import FSTimeoutError
 
 from stockpot.errors import ObjectExists, ObjectMissing, ServerUnreachable, StorageError, StorageRefused
@@ -127,8 +127,11 @@ def remove(uri: str) -> None:
     call(uri, "delete_object")
 
 
-def check(uri: str, timeout_s: float = 4.0) -> None:
-    """Within five seconds: does the endpoint answer, are the credentials accepted, is there a bucket, and anything under the prefix?"""
+def check(uri: str, missing: str | None = None, timeout_s: float = 4.0) -> None:
+    """Within five seconds: does the endpoint answer, are the credentials accepted, is there a bucket, and anything under the prefix?
+
+    `missing` as in `storage.check`.
+    """
     client = filesystem()
     bucket, prefix = split(uri)
     with said(uri, CALL_S):  # making a client is this machine's own work, seconds of it where it is busy, and none of the store's
@@ -139,8 +142,8 @@ def check(uri: str, timeout_s: float = 4.0) -> None:
             page = client.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=timeout_s)
     finally:
         client.retries = retries
-    if prefix and not page.get("KeyCount", len(page.get("Contents", ()))):
-        raise ObjectMissing(f"Nothing is stored under {uri} ({where()}); check the spelling, or publish the dataset there first.")
+    if missing and prefix and not page.get("KeyCount", len(page.get("Contents", ()))):
+        raise ObjectMissing(f"Nothing is stored under {uri} ({where()}); {missing}.")
 
 
 @contextmanager
@@ -153,9 +156,14 @@ def said(uri: str, timeout_s: float) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         missing = "NoSuchBucket" in str(error.__cause__ or error) or not key
-        what = f"There is no bucket `{bucket}`" if missing else f"There is no object {uri}"
-        raise ObjectMissing(f"{what} ({where()}); check the address, or publish it first.") from error
-    except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
+        what, how = (f"There is no bucket `{bucket}`", "create") if missing else (f"There is no object {uri}", "publish")
+        raise ObjectMissing(f"{what} ({where()}); check the address, or {how} it first.") from error
+    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+        raise StorageRefused(
+            f"No key for {uri} is known, so nothing was asked of S3 ({_credentials()}, {where()}): {_reason(error)}. Set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; or start a local stack, whose key every command finds (stockpot stack up)."
+        ) from error
+    except PermissionError as error:
         raise StorageRefused(
             f"S3 refused access to {uri} ({_credentials()}, {where()}): {_reason(error)}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
             "to a key that may use this bucket; a local stack's own key is found by every command while it is up (stockpot stack up)."

@@ -9,6 +9,7 @@ and ServerUnreachable.
 import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -26,6 +27,7 @@ from stockpot.s3_bodies import Stopped
 __all__ = [
     "Interrupted",
     "StoredObject",
+    "address",
     "check",
     "download",
     "exists",
@@ -47,12 +49,25 @@ ATTEMPTS = 4
 """A fetch is given up after so many silences, or so many attempts in a row without a new byte: well under a minute."""
 
 
+SCHEME = re.compile(r"(?i)(s3(?=:)|[a-z][a-z0-9+.-]*(?=:/)):/*")
+"""What begins an address that is no path: `s3:/`, `S3://`, `gs://`."""
+
+
 class Fetched(NamedTuple):
     """What a fetch took."""
 
     size: int
     etag: str
     retries: int
+
+
+def address(text: str) -> str:
+    """What a person wrote, as an address: a path becomes an absolute one. Raises `StorageError` for `s3:/x`, `S3://x`, `gs://x`."""
+    if text.startswith(("s3://", "file://")):
+        return text
+    if SCHEME.match(text):
+        raise _no_address(text)
+    return str(Path(text).absolute())
 
 
 def join(uri: str, *parts: str) -> str:
@@ -203,12 +218,16 @@ def remove(uri: str) -> None:
         _local(uri).unlink(missing_ok=True)
 
 
-def check(uri: str) -> None:
-    """Within five seconds, before anything costly starts: is the store there, may this process read it, is anything under the prefix?"""
+def check(uri: str, missing: str | None = "check the address, or publish the dataset there first") -> None:
+    """Within five seconds, before anything costly starts: is the store there, may this process read it, is anything under the prefix?
+
+    `missing`: what to do next where nothing is; None: nothing need be there yet.
+    """
     if _remote(uri):
-        s3.check(uri)
+        s3.check(uri, missing)
     elif not _local(uri).exists():
-        raise ObjectMissing(f"There is no file or folder {uri}; check the address, or publish the dataset there first.")
+        if missing:
+            raise ObjectMissing(f"There is no file or folder {uri}; {missing}.")
     elif not os.access(_local(uri), os.R_OK):
         raise StorageRefused(f"This user may not read {uri}; change its permissions.")
 
@@ -255,8 +274,14 @@ def _remote(uri: str) -> bool:
 def _local(uri: str) -> Path:
     path = Path(uri.removeprefix("file://"))
     if not path.is_absolute():
-        raise StorageError(f"{uri!r} is no address; write s3://bucket/key, file:///path or an absolute path.")
+        raise _no_address(uri)
     return path
+
+
+def _no_address(text: str) -> StorageError:
+    found = SCHEME.match(text)
+    meant = f" (did you mean {'file:///' if found[1].lower() == 'file' else 's3://'}{text[found.end() :]}?)" if found else ""
+    return StorageError(f"{text!r} is no address{meant}; write s3://bucket/key, file:///path or an absolute path.")
 
 
 def _temporary(path: Path) -> Path:

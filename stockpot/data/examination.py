@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from stockpot.data.images import Undecodable
 from stockpot.data.indexing import SCHEMA
 from stockpot.data.preparing import content_digest
-from stockpot.errors import DataError
+from stockpot.errors import DataError, counted
 
 UNREADABLE = "unreadable sample"
 
@@ -70,7 +70,7 @@ class Problems:
 
     def left_out(self) -> list[str]:
         """Sentences on what is no part of a sample."""
-        return [f"{count:,} members are left out: {kind}" for kind, count in self.ignored.most_common()]
+        return [f"left out: {counted(count, 'member')} ({kind})" for kind, count in self.ignored.most_common()]
 
     def plain(self) -> dict[str, Any]:
         """As JSON values; `Problems.from_plain` reads them back."""
@@ -102,7 +102,8 @@ class Problems:
         way_out = "Mend or remove what is named"
         if total == unreadable:
             way_out += f", or let so many stay in, as train: --skip-fraction {math.ceil(1000 * total / samples) / 1000:g}"
-        raise ProblemsFound(f"Found {total:,} problems in {samples:,} samples ({kinds}), needed {needed}. First: {first}. {way_out}.", self)
+        found = f"{counted(total, 'problem')} in {counted(samples, 'sample')}"
+        raise ProblemsFound(f"Found {found} ({kinds}), needed {needed}. First: {first}. {way_out}.", self)
 
 
 @dataclass(frozen=True)

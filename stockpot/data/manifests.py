@@ -22,9 +22,12 @@ from stockpot.data.node_cache import written
 from stockpot.data.snapshots import IndexFile, Manifest, Shard, Snapshot, commit, open_snapshot
 from stockpot.data.splits import SPLITS, SplitRule, SplitSpec, asked, assign, draw, point
 from stockpot.digests import file_digest
-from stockpot.errors import BadRequest, DataError, ObjectMissing
+from stockpot.errors import BadRequest, DataError, ObjectMissing, counted
 
 logger = logging.getLogger(__name__)
+
+LARGER = (0.05, 0.1, 0.2, 0.3)
+"""Shares for held_out and for gate that are tried for a dataset that is too small for those asked for."""
 
 
 class Finished(NamedTuple):
@@ -108,7 +111,9 @@ def finish(
     codes, rule = _split(rows, splits, extends, classes)
     if rule:
         _require_apart(rows, codes)
-    _require_classes(labels, codes, classes, least_per_class, rule)
+    if few := _too_few(labels, codes, classes, least_per_class, rule):
+        shares = _other_shares(rows, splits, classes, least_per_class) if isinstance(splits, SplitSpec) and not extends else ""
+        raise _lacking(few, classes, least_per_class, shares)
     index = folder / "index.parquet"
     with written(index):
         write_parquet(rows.append_column("split", pa.array(codes, pa.int8())).select(SCHEMA.names).cast(SCHEMA), index)
@@ -200,22 +205,37 @@ def _require_apart(rows: pa.Table, codes_N: NDArray[np.int8]) -> None:
     if crossing.num_rows:
         first = crossing.slice(0, 1).to_pylist()[0]
         raise DataError(
-            f"{crossing.num_rows:,} pictures would be in several splits, needed 0: their groups differ. First: samples "
+            f"{counted(crossing.num_rows, 'picture')} would be in several splits, needed 0: their groups differ. First: samples "
             f"{first['key_min']!r} and {first['key_max']!r} are the same. Give them one group, or group by pixels."
         )
 
 
-def _require_classes(
+def _too_few(
     labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...], least: int, rule: SplitRule | None
-) -> None:
+) -> dict[str, list[str]]:
+    """Classes with fewer than `least` samples, and how many they have, by split."""
+    few = {}
     for split, counts in class_counts(labels_N, codes_N, classes, rule).items():
-        short_of = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < least]
-        if short_of:
-            raise DataError(
-                f"Split {split} has {'no' if least == 1 else f'fewer than {least}'} samples of {len(short_of)} of {len(classes)} classes: "
-                f"{', '.join(short_of[:5])}. "
-                "Add samples, draw a larger share, or lower the least number per class."
-            )
+        if short_of := [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < least]:
+            few[split] = short_of
+    return few
+
+
+def _lacking(few: dict[str, list[str]], classes: tuple[str, ...], least: int, shares: str) -> DataError:
+    split, short_of = next(iter(few.items()))
+    return DataError(
+        f"Split {split} has {'no' if least == 1 else f'fewer than {least}'} samples of {len(short_of)} of {len(classes)} classes: "
+        f"{', '.join(short_of[:5])}. Add samples{shares}, or lower --least-per-class."
+    )
+
+
+def _other_shares(rows: pa.Table, splits: SplitSpec, classes: tuple[str, ...], least: int) -> str:
+    """Words for the smallest of a few shares that would give every split enough of every class of this very dataset."""
+    for share in LARGER:
+        codes, rule = _split(rows, splits.model_copy(update={"held_out": share, "gate": share}), None, classes)
+        if not _too_few(rows["label"].to_numpy(), codes, classes, least, rule):
+            return f", draw other shares (--held-out {share} --gate {share} would do)"
+    return ", draw other shares (--held-out, --gate)"
 
 
 def thin_classes(snapshot: Snapshot, least: int = 5) -> list[str]:
@@ -226,5 +246,7 @@ def thin_classes(snapshot: Snapshot, least: int = 5) -> list[str]:
         counts = np.bincount(snapshot.index.rows["label"][start : start + snapshot.counts[split]], minlength=len(snapshot.classes))
         thin = [f"{name} ({count})" for name, count in zip(snapshot.classes, counts, strict=True) if count < least]
         if thin:
-            sentences.append(f"{split} has fewer than {least} samples of {len(thin)} classes, such as {', '.join(thin[:5])}")
+            sentences.append(
+                f"{split} has fewer than {least} samples of {len(thin)} of {len(counts)} classes, such as {', '.join(thin[:5])}"
+            )
     return sorted(sentences)

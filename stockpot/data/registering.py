@@ -26,7 +26,7 @@ from stockpot.data.sources import list_shards
 from stockpot.data.splits import SplitSpec
 from stockpot.data.tars import Found, read_shard
 from stockpot.digests import short
-from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken
+from stockpot.errors import BadRequest, ObjectMissing, SnapshotBroken, counted
 from stockpot.storage import StoredObject
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def register(
     shards = [item for uri in uris for item in list_shards(uri)]
     if again := [uri for uri, count in Counter(item.uri for item in shards).items() if count > 1]:
         raise BadRequest(
-            f"Shard {again[0]} is listed twice ({len(again)} such shards); its samples would count twice. List every shard once."
+            f"Shard {again[0]} is listed twice ({counted(len(again), 'such shard')}); its samples would count twice. List every shard once."
         )
     if classes:
         require_several(name, classes)

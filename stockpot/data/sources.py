@@ -16,7 +16,7 @@ from stockpot.data.examination import Problems
 from stockpot.data.publishing import Sample
 from stockpot.data.tars import IMAGES, TOKENS, read_shard
 from stockpot.digests import short
-from stockpot.errors import BadRequest, ObjectMissing
+from stockpot.errors import BadRequest, ObjectMissing, counted
 from stockpot.storage import StoredObject
 
 READ_AHEAD = 16
@@ -32,6 +32,8 @@ class ClassFolders:
     folder, in order of address."""
 
     uri: str
+    named: tuple[str, ...] = ()
+    """The classes in the order of their labels; default: the folders' names, sorted."""
 
     @cached_property
     def _listed(self) -> list[StoredObject]:
@@ -39,38 +41,55 @@ class ClassFolders:
 
     @cached_property
     def _files(self) -> list[StoredObject]:
-        storage.check(self.uri)
+        storage.check(self.uri, missing="check the path")
         if odd := [item.uri for item in self._listed if UNWRITABLE.search(item.uri)]:
-            raise BadRequest(f"{len(odd):,} file names are no UTF-8, or have control characters, such as {odd[0]!a}: rename them.")
+            raise BadRequest(
+                f"Found {counted(len(odd), 'file name')} with control characters, or no UTF-8, such as {odd[0]!a}: rename what is named so."
+            )
         shown = [item for item in self._listed if "/" in self._below(item) and not _hidden(self._below(item))]
         pictures, texts = ([item for item in shown if _extension(item) in kinds] for kinds in (IMAGES, TOKENS))
         if not pictures and not texts:
-            raise ObjectMissing(
-                f"There are no pictures, nor texts as token ids (.npy), in class folders under {self.uri} ({len(self._listed):,} other "
-                "files); check the address."
-            )
+            raise self._nothing()
         self._require_no_empty_class(pictures or texts)
         return pictures or texts
+
+    def _nothing(self) -> ObjectMissing:
+        beside = [item.uri for item in self._listed if "/" not in self._below(item) and _extension(item) in IMAGES | TOKENS]
+        if beside:
+            return ObjectMissing(
+                f"All samples of {self.uri} ({counted(len(beside), 'file')}, such as {beside[0]}) lie beside class folders, none in one: "
+                "put each class into a folder of its own."
+            )
+        return ObjectMissing(
+            f"There are no pictures, nor texts as token ids (.npy), in class folders under {self.uri} "
+            f"({counted(len(self._listed), 'other file')}); check the path."
+        )
 
     def _require_no_empty_class(self, samples: list[StoredObject]) -> None:
         """A folder without samples would be no class, and the labels behind it others, without a word."""
         filled = {self._below(item).split("/")[0] for item in samples}
         if empty := [name for name in storage.folders(self.uri) if name not in filled and not _hidden(name)]:
             raise ObjectMissing(
-                f"{len(empty):,} folders under {self.uri} hold no samples ({', '.join(empty[:5])}), needed is at least one in each class "
-                "folder: fill or remove them."
+                f"No samples are in {counted(len(empty), 'folder')} under {self.uri} ({', '.join(empty[:5])}), needed is at least one in "
+                "each class folder: fill or remove what is named."
             )
 
     def left_out(self) -> list[str]:
         """Sentences on the files that are no sample."""
         taken = {item.uri for item in self._files}
         rest = [item.uri for item in self._listed if item.uri not in taken]
-        return [f"{len(rest):,} files are no samples in class folders and are left out, such as {', '.join(rest[:3])}"] if rest else []
+        return [f"left out as no samples in class folders: {counted(len(rest), 'file')}, such as {', '.join(rest[:3])}"] if rest else []
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Folder names, sorted."""
-        return tuple(sorted({self._below(item).split("/")[0] for item in self._files}))
+        """Those named, or the folders' names, sorted. Raises `BadRequest` unless each name has its folder, and each folder its name."""
+        found = {self._below(item).split("/")[0] for item in self._files}
+        if self.named and found != {*self.named}:
+            raise BadRequest(
+                f"The class names given and the class folders of {self.uri} differ (folders not named: {_some(found - {*self.named})}; "
+                f"names without a folder: {_some({*self.named} - found)}), needed is one folder for each name: correct names or folders."
+            )
+        return self.named or tuple(sorted(found))
 
     @property
     def identity(self) -> str:
@@ -142,14 +161,16 @@ def list_shards(uri: str) -> list[StoredObject]:
     tars among them, whose samples would be missed."""
     if not uri.endswith(".tar"):
         uri = f"{uri.rstrip('/')}/"
-    storage.check(uri)
+    storage.check(uri, missing="check the path")
     listed = storage.list_prefix(uri)
     shards = [item for item in listed if item.uri.endswith(".tar")]
     if not shards:
-        raise ObjectMissing(f"There are no .tar objects under {uri} ({len(listed):,} other objects); check the spelling of the prefix.")
+        raise ObjectMissing(
+            f"There are no .tar objects under {uri} ({counted(len(listed), 'other object')}); check the spelling of the prefix."
+        )
     if packed := [item.uri for item in listed if re.search(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2|txz)$", item.uri)]:
         raise BadRequest(
-            f"{packed[0]} is packed ({len(packed):,} packed beside {len(shards):,} plain ones): unpack it to .tar, or move it away."
+            f"{packed[0]} is packed ({counted(len(packed), 'such shard')}, {len(shards):,} plain): unpack it to .tar, or move it away."
         )
     return shards
 
@@ -177,6 +198,10 @@ def safe_key(path: str) -> str:
 
 def _extension(item: StoredObject) -> str:
     return item.uri.rpartition(".")[2].lower()
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5]) or "none"
 
 
 def _hidden(path: str) -> bool:

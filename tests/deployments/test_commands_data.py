@@ -40,7 +40,7 @@ def test_a_folder_of_class_folders_becomes_a_snapshot_that_verifies(folders: Pat
     answer = run("publish", folders, tmp_path / "data", *SPLITS, "--json")
     assert answer.exit_code == 0, answer.output
     document = json.loads(answer.stdout)
-    assert f"1 files are no samples in class folders and are left out, such as {folders}/ant/notes.txt" in document["warnings"]
+    assert f"left out as no samples in class folders: 1 file, such as {folders}/ant/notes.txt" in document["warnings"]
     assert document["splits"]["held_out"] == 20
     assert pin(str(tmp_path / "data")).digest == document["digest"]
     assert open_snapshot(pin(document["uri"])).classes == CLASSES
@@ -81,12 +81,33 @@ def test_problems_are_a_table_and_one_sentence(folders: Path, tmp_path: Path) ->
     (folders / "ant" / "broken.png").write_bytes(b"no picture")
     answer = run("publish", folders, tmp_path / "data", *SPLITS)
     assert isinstance(answer.exception, StockpotError)
-    assert "unreadable sample" in str(answer.exception)
+    assert "Found 1 problem in 91 samples (1 x unreadable sample)" in str(answer.exception)
     assert f"{folders}/ant/broken.png" in str(answer.exception)
     assert "--skip-fraction 0.011" in str(answer.exception)
     (problem,) = json.loads(run("publish", folders, tmp_path / "data", *SPLITS, "--json").stdout)["problems"]
     assert (problem["problem"], problem["count"], problem["sample"]) == ("unreadable sample", 1, f"{folders}/ant/broken.png")
     assert run("publish", folders, tmp_path / "data", *SPLITS, "--skip-fraction", "0.011").exit_code == 0
+
+
+def test_class_folders_are_labelled_in_the_order_of_a_file_that_names_them_all(folders: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("cat\nant\nbee\n")
+    answer = run("publish", folders, tmp_path / "data", "--split", "test", "--classes", names)
+    assert "classes in 1 shard\n" in answer.stdout, answer.output
+    snapshot = open_snapshot(pin(str(tmp_path / "data")))
+    assert snapshot.classes == ("cat", "ant", "bee")
+    labels = snapshot.index.column("label", 0, 90).to_pylist()
+    found = {key.split("/")[0]: label for key, label in zip(snapshot.index.keys(0, 90), labels, strict=True)}
+    assert found == {"cat": 0, "ant": 1, "bee": 2}
+    names.write_text("dog\nant\nbee\n")
+    answer = run("publish", folders, tmp_path / "other", "--split", "test", "--classes", names)
+    assert "(folders not named: cat; names without a folder: dog), needed is one folder for each name" in str(answer.exception)
+    assert not (tmp_path / "other").exists()
+
+
+def test_pictures_beside_class_folders_are_said_to_be(folders: Path, tmp_path: Path) -> None:
+    answer = run("publish", folders / "ant", tmp_path / "data")
+    assert f"All samples of {folders}/ant (30 files, such as {folders}/ant/0.png) lie beside class folders" in str(answer.exception)
 
 
 def test_a_dataset_of_one_class_is_refused(folders: Path, tmp_path: Path) -> None:
@@ -107,9 +128,9 @@ def test_what_changed_is_said(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["publish", "/nowhere", "/tmp/x"], "There is no file or folder /nowhere"),
-        (["register", "/nowhere"], "There is no file or folder /nowhere"),
-        (["verify", "/nowhere"], "There is no file or folder /nowhere"),
+        (["publish", "/nowhere", "/tmp/x"], "There is no file or folder /nowhere; check the path."),
+        (["register", "/nowhere"], "There is no file or folder /nowhere; check the path."),
+        (["verify", "/nowhere"], "There is no file or folder /nowhere; check the address, or publish"),
         (["verify", "/usr"], "/usr holds no snapshot"),
     ],
 )
@@ -117,12 +138,28 @@ def test_addresses_that_hold_nothing_are_named(words: list[str], sentence: str) 
     assert sentence in str(run(*words).exception)
 
 
+@pytest.mark.parametrize(
+    "words", [["publish", "/usr", "s3:/stockpot/x"], ["publish", "gs://stockpot/x", "/tmp/x"], ["verify", "S3:///stockpot/x"]]
+)
+def test_a_mistyped_address_is_no_folder_here(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "is no address (did you mean s3://stockpot/x?)" in str(run(*words).exception)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_address_is_refused_before_torch_is_loaded(s3: ObjectStore) -> None:
-    code = "import sys; from deployments.commands_data import app; app(sys.argv[1:], standalone_mode=False)"
-    ended = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code, "verify", "s3://nobucket/x"], capture_output=True, text=True, check=False
-    )
-    assert "There is no bucket `nobucket`" in ended.stderr
+    code = """
+from deployments.commands_data import app
+from stockpot.errors import ObjectMissing
+
+for words in (["verify"], ["publish", "."]):
+    try:
+        app([*words, "s3://nobucket/x"], standalone_mode=False)
+    except ObjectMissing as error:
+        print(error)
+"""
+    ended = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.count("There is no bucket `nobucket`") == 2
     assert "botocore" in ended.stderr
     assert "| torch" not in ended.stderr
 

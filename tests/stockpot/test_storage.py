@@ -132,6 +132,7 @@ def test_what_is_missing_is_named(root: str) -> None:
         storage.read_bytes(storage.join(root, "nowhere"))
     with pytest.raises(ObjectMissing):
         storage.check(storage.join(root, "nowhere"))
+    storage.check(storage.join(root, "nowhere"), missing=None)
     storage.remove(storage.join(root, "nowhere"))
 
 
@@ -162,12 +163,16 @@ def test_large_uploads_are_created_once_too(s3: ObjectStore, tmp_path: Path) -> 
         storage.upload(big, s3.uri("large"), create=True)
 
 
+NO_KEY: dict[str, str | None] = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, StorageRefused, ["refused", "0042", "127.0.0.1"]),
         ({"AWS_ACCESS_KEY_ID": "NOBODYKNOWS9999"}, StorageRefused, ["9999", "s3://stockpot/some"]),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, StorageRefused, ["no key in the environment"]),
+        (NO_KEY, StorageRefused, ["No key for s3://stockpot/some is known", "no key in the environment", "stockpot stack up"]),
+        ({**NO_KEY, "AWS_PROFILE": "nobodys"}, StorageRefused, ["No key", "profile nobodys", "could not be found"]),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ServerUnreachable, ["127.0.0.1:9", "AWS_ENDPOINT_URL"]),
     ],
 )
@@ -181,6 +186,40 @@ def test_a_store_that_refuses_is_said_soon(
         storage.check(s3.uri("some"))
     assert time.monotonic() - started < SOON_S
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_role_is_not_waited_for_where_nobody_gives_one(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "false")
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in NO_KEY:
+            monkeypatch.delenv(name)
+        stockpot.s3._filesystem.cache_clear()
+        started = time.monotonic()
+        with pytest.raises(StorageRefused, match="nothing was asked of S3"):
+            storage.check(s3.uri("some"))
+        assert time.monotonic() - started < SOON_S
+        silent.settimeout(0)
+        silent.accept()  # a role was asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("s3:/b/x", "s3://b/x"), ("s3:b", "s3://b"), ("S3://b", "s3://b"), ("gs://b", "s3://b"), ("file:/x", "file:///x")],
+)
+def test_what_is_written_almost_as_an_address_is_refused(text: str, meant: str) -> None:
+    for use in (storage.address, storage.read_bytes, storage.check):
+        with pytest.raises(StorageError, match=rf"'{text}' is no address \(did you mean {meant}\?\)"):
+            use(text)
+
+
+def test_a_path_is_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.address("a:b/c") == f"{tmp_path}/a:b/c"
+    for text in ("/d", "s3://b/x", "file:///d"):
+        assert storage.address(text) == text
 
 
 def test_a_busy_machine_is_not_taken_for_a_store_that_is_away(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

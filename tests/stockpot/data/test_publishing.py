@@ -1,6 +1,7 @@
 """Publishing: identical bytes each time, never half a snapshot, resumed after a kill, all problems at once, read by stock webdataset."""
 
 import io
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -281,6 +282,10 @@ def test_a_split_without_a_class_is_refused_and_a_thin_one_is_said(tmp_path: Pat
     for spec, empty in [(SplitSpec(held_out=1e-9, gate=20), "held_out"), (SplitSpec(held_out=0.7, gate=0.7), "train")]:
         with pytest.raises(DataError, match=rf"Split {empty} has no samples of 3 of 3 classes: ant \(0\)"):
             publish_tiny(str(tmp_path), 60, splits=spec)
+    with pytest.raises(DataError, match=r"draw other shares \(--held-out (0\.\d+) --gate \1 would do\)") as small:
+        publish_tiny(str(tmp_path), 60, splits=SplitSpec())
+    share = float(re.findall(r"0\.\d+", str(small.value))[0])
+    publish_tiny(str(tmp_path), 60, splits=SplitSpec(held_out=share, gate=share))
     snapshot = open_snapshot(publish_tiny(str(tmp_path), 60, splits=SplitSpec(held_out=10, gate=30)))
     assert any("held_out has fewer than 5" in sentence for sentence in manifests.thin_classes(snapshot))
 

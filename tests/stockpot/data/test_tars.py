@@ -117,7 +117,7 @@ def test_hidden_members_and_files_without_extension_are_counted(tmp_path: Path) 
     assert [one.key for one in found] == ["a"]
     assert sum(problems.ignored.values()) == 2
     assert not problems.counts
-    assert problems.left_out() == ["2 members are left out: hidden, or without an extension"]
+    assert problems.left_out() == ["left out: 2 members (hidden, or without an extension)"]
 
 
 def test_a_label_may_be_a_field_of_the_json_by_number_or_name(tmp_path: Path) -> None:
