@@ -11,6 +11,7 @@ from torch import Tensor
 from stockpot.config import GateSpec, PinnedSnapshot, Sweep
 from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
+from stockpot.errors import ModelError
 from stockpot.evaluation import accuracy, logits, right
 from stockpot.fields import Metric
 from stockpot.models.classifier import ModelConfig
@@ -26,12 +27,15 @@ PAIRS = 15
 
 
 def gather_evidence(sweep: Sweep, versions: dict[Side, ModelVersion], folders: dict[Side, Path], spec: GateSpec) -> Evidence:
-    """Score and time the versions whose files lie in `folders`; a missing or incomparable champion is only named."""
+    """Score and time the versions whose files lie in `folders`; a missing or incomparable champion is only named.
+
+    Raises `ModelError` when one of the two is no longer what was stored.
+    """
     contenders = {side: _contender(version, folders[side]) for side, version in versions.items()}
     challenger, champion = contenders["challenger"], contenders.get("champion")
     if champion is None or incomparable(champion, challenger):
         return Evidence(spec=spec, challenger=challenger, champion=champion)
-    tasters = {side: _Taster(folder) for side, folder in folders.items()}
+    tasters = {side: _Taster(version, folders[side]) for side, version in versions.items()}
     metric = sweep.request.soup.metric
     gate = {side: one.logits(sweep.data.snapshot, "gate") for side, one in tasters.items()}
     return Evidence(
@@ -49,10 +53,16 @@ def gather_evidence(sweep: Sweep, versions: dict[Side, ModelVersion], folders: d
 
 
 class _Taster:
-    """One version, loaded."""
+    """One version, loaded. Raises `ModelError` naming it when it cannot be, or answers otherwise than when it was stored."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model = read_model(folder)
+    def __init__(self, version: ModelVersion, folder: Path) -> None:
+        try:
+            self._model = read_model(folder)
+        except ModelError as error:
+            raise ModelError(
+                f"The gate cannot use version {version.version} of {version.model}: {error} If that is the champion, make another one "
+                f"champion with `stockpot promote {version.model} --version N`."
+            ) from error
         self._config = self._model.config
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,30 +1,37 @@
 """One trial on several devices of a node: one process each (a rank), gradients averaged over them by DistributedDataParallel.
 
-The trial's own process computes nothing meanwhile. It holds the ledger and the signals and hears from rank 0 through a pipe; rank 0 logs,
-evaluates and writes the training states. All ranks stop together: told to leave, rank 0 saves a state after its step and the others,
-which cannot go on without it, are ended; a rank that fails or vanishes ends all, with its reason; and no rank outlives the trial.
-Ranks meet over a file and talk over the loopback device (gloo) or between their GPUs (NCCL).
+The ranks run under torchrun: its agent, here a thread of the trial's own process, starts them, gives them their numbers and ends all as
+soon as one has failed. The trial itself computes nothing meanwhile. It holds the ledger and the signals and hears from its ranks through
+pipes; rank 0 logs, evaluates and writes the training states. All ranks stop together: told to leave, rank 0 saves a state after its step
+and the others, which cannot go on without it, are ended; a rank that fails or vanishes ends all, with its reason; and no rank outlives the
+trial. Ranks meet over a file and talk over the loopback device (gloo) or between their GPUs (NCCL).
 """
 
-import multiprocessing
+import logging
 import os
 import signal
 import socket
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import distributed
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import RankLost, StockpotError
-from stockpot.processes import end_with_parent
 from stockpot.training.candidates import Candidate
 from stockpot.training.preemption import Preempted
 from stockpot.training.trainer import Log
@@ -33,6 +40,8 @@ PATIENCE = timedelta(hours=4)
 """How long ranks wait for rank 0 while it evaluates. One that died is seen by its process, long before."""
 
 LOOK_EVERY_S = 0.2
+REASON_S = 1.0
+"""How long the trial listens on after the first sign of trouble: the rank that broke first may not be the one that is heard first."""
 
 
 class Place(NamedTuple):
@@ -47,16 +56,9 @@ class Word(NamedTuple):
     """What a rank says to the trial: metrics and lines while it works, one last word at its end."""
 
     kind: str
-    """`metrics`, `line`, or the last: `done`, `left` or `failed`."""
+    """`here`, `metrics`, `line`, or the last: `done`, `left` or `failed`."""
     about: object = None
     step: int = 0
-
-
-class Rank(NamedTuple):
-    """A rank's process, and the end of the pipe its words come from."""
-
-    process: BaseProcess
-    words: Connection
 
 
 Work = Callable[[Place, Callable[[], bool], Log, Callable[[str], None]], dict[float, Candidate]]
@@ -71,93 +73,130 @@ def run_on_ranks(
     folder: an empty one, for the meeting and the result. Raises the stated failure of a rank, `RankLost` for one that vanished or broke,
     and `Preempted` when rank 0 saved its state and left.
     """
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     leave = context.Event()
-    ranks: list[Rank] = []
-    try:
-        for number in range(world):
-            theirs, ours = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(_place(number, world), work, folder, leave, ours), name=f"rank {number}")
-            process.start()
-            ours.close()
-            ranks.append(Rank(process, theirs))
-        last = _listen(ranks, lambda: leave.set() if told_to_leave() else None, log, say)
-        if last.kind == "done":
-            for rank in ranks:
-                rank.process.join(30)
-    finally:
-        for rank in ranks:
-            rank.process.kill()
-            rank.process.join()
-    if last.kind == "left":
-        raise Preempted
-    steps = last.about
-    assert isinstance(steps, dict)
+    lifeline, held = context.Pipe(duplex=False)
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    launch = elastic_launch(_one_node(world, folder), _run)
+    with _torchrun_silent(), ThreadPoolExecutor(1, "torchrun") as pool:
+        agent = pool.submit(launch, work, folder, leave, lifeline, [theirs for _, theirs in pipes])
+        ranks = _Ranks(pipes, log, say)
+        try:
+            while not (agent.done() or ranks.decided()):
+                if told_to_leave():
+                    leave.set()
+                ranks.listen(LOOK_EVERY_S)
+            ranks.listen(0)
+        finally:
+            held.close()  # ends every rank that is left
+    if error := agent.exception():
+        raise ranks.reason(error)
+    steps: dict[float, int] = agent.result()[0]
     return {decay: Candidate(load_weights(folder / f"{decay!r}.safetensors"), step) for decay, step in steps.items()}
 
 
-def _listen(ranks: list[Rank], tick: Callable[[], None], log: Log, say: Callable[[str], None]) -> Word:
-    """Pass rank 0's words on until its last one. Raises the reason as soon as any rank fails."""
-    while True:
-        tick()
-        wait([one for rank in ranks for one in (rank.words, rank.process.sentinel)], LOOK_EVERY_S)
-        ended = [not rank.process.is_alive() for rank in ranks]  # before their pipes are read to the end: an ended one has said all
-        failures: list[Word] = []
-        silent: list[int] = []
-        last: Word | None = None
-        for number, rank in reversed([*enumerate(ranks)]):  # rank 0 last: what it said before another failed is heard
-            final = False
-            for word in _heard(rank.words):
-                match word.kind:
-                    case "metrics":
-                        log(word.about, word.step)  # type: ignore[arg-type]
-                    case "line":
-                        say(str(word.about))
-                    case "failed":
-                        failures.append(word)
-                    case _ if number == 0:
-                        last = word
-                final |= word.kind in ("done", "left", "failed")
-            if ended[number] and not final and rank.process.exitcode:
-                silent.append(number)
-        if last is not None:
-            return last  # a rank that broke because rank 0 was gone is no failure
-        if failures or silent:
-            raise _reason(ranks, failures, silent)
+def _one_node(world: int, folder: Path) -> LaunchConfig:
+    """What torchrun is asked for: these ranks on this machine, none started again (the next attempt of the trial is another's decision)."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        run_id=folder.name,
+        max_restarts=0,
+        rdzv_backend="c10d",
+        rdzv_endpoint=str(folder / "rendezvous"),
+        rdzv_configs={"store_type": "file"},  # no port is opened
+        local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(str(folder / "torchrun")),
+    )
 
 
-def _heard(words: Connection) -> Iterator[Word]:
-    try:
-        while words.poll():
-            yield words.recv()
-    except EOFError:
-        return
+@contextmanager
+def _torchrun_silent() -> Iterator[None]:
+    """Keep torchrun's tracebacks of its own waiting, and its word that it sets no signal handlers in a thread, out of the trial's log."""
+    names = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing.spawn")
+    before = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in before:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    for logger, level in before.items():
+        logger.setLevel(level)
 
 
-def _reason(ranks: list[Rank], failures: list[Word], silent: list[int]) -> StockpotError:
-    """Of all that went wrong at once, what was first: a stated failure, else a rank that vanished, else one that broke."""
-    for rank in ranks:
-        rank.process.join(1)
-        failures += [word for word in _heard(rank.words) if word.kind == "failed"]
-    for word in failures:
-        if isinstance(word.about, StockpotError):
-            return word.about
-    vanished = [number for number, rank in enumerate(ranks) if rank.process.exitcode and (rank.process.exitcode < 0 or number in silent)]
-    if vanished:
-        number = vanished[0]
-        return RankLost(f"Rank {number} of {len(ranks)} ended with exit code {ranks[number].process.exitcode}; all ranks were ended.")
-    return RankLost(f"A rank of {len(ranks)} broke ({failures[0].about}); all ranks were ended, and the trial's log has the traceback.")
+class _Ranks:
+    """What the trial hears from its ranks."""
+
+    def __init__(self, pipes: list[tuple[Connection, Connection]], log: Log, say: Callable[[str], None]) -> None:
+        self._pipes = dict(enumerate(pipes))
+        self._world = len(pipes)
+        self._log, self._say = log, say
+        self._last: dict[int, Word] = {}
+        self._vanished: list[int] = []
+        self._trouble_since: float | None = None
+
+    def listen(self, seconds: float) -> None:
+        """Pass on what is said within that time."""
+        wait([words for words, _ in self._pipes.values()], seconds)
+        for rank, (words, theirs) in [*self._pipes.items()]:
+            try:
+                while words.poll():
+                    self._take(rank, words.recv(), theirs)
+            except (EOFError, OSError):  # the end of what it says, maybe in the middle of a word
+                del self._pipes[rank]
+                if rank not in self._last:
+                    self._vanished.append(rank)
+        if self._trouble_since is None and (self._vanished or any(word.kind != "done" for word in self._last.values())):
+            self._trouble_since = time.monotonic()
+
+    def _take(self, rank: int, word: Word, theirs: Connection) -> None:
+        match word.kind:
+            case "here":
+                theirs.close()  # it has its own now, and is to be seen vanishing
+            case "metrics":
+                self._log(word.about, word.step)  # type: ignore[arg-type]
+            case "line":
+                self._say(str(word.about))
+            case _:
+                self._last[rank] = word
+
+    def decided(self) -> bool:
+        """Whether those that are left can be ended: one left with its state saved or stated why it failed, or all had time to say more."""
+        if any(word.kind == "left" or isinstance(word.about, StockpotError) for word in self._last.values()):
+            return True
+        return self._trouble_since is not None and time.monotonic() > self._trouble_since + REASON_S
+
+    def reason(self, error: BaseException) -> BaseException:
+        """Of all that went wrong at once, what was first: a stated failure, else a rank that vanished, else one that broke.
+
+        error: what torchrun says of it.
+        """
+        for word in self._last.values():
+            if word.kind == "left":
+                return Preempted()
+            if isinstance(word.about, StockpotError):
+                return word.about
+        broke = [(rank, word.about) for rank, word in self._last.items() if word.kind == "failed"]
+        if broke and not self._vanished:
+            rank, why = broke[0]
+            return RankLost(f"Rank {rank} of {self._world} broke ({why}); all ranks were ended, and the trial's log has the traceback.")
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()} if isinstance(error, ChildFailedError) else {}
+        for rank in (*self._vanished, *codes):
+            ended = f"ended with exit code {codes[rank]}" if rank in codes else "vanished"
+            return RankLost(f"Rank {rank} of {self._world} {ended}; all ranks were ended.")
+        return RankLost(f"The ranks could not be started: {error}")
 
 
-def _place(rank: int, world: int) -> Place:
-    return Place(rank, world, f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
-
-
-def _run(place: Place, work: Work, folder: Path, leave: "threading.Event", words: Connection) -> None:
-    """A rank's process, from its birth to its last word."""
+def _run(work: Work, folder: Path, leave: Event, lifeline: Connection, pipes: list[Connection]) -> dict[float, int]:
+    """A rank's process, from its birth to its last word. Returns the step of every candidate that rank 0 made."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a signal to the whole group is for the trial to answer
-    end_with_parent()
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    rank, world, number_here = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = Place(rank, world, f"cuda:{number_here}" if torch.cuda.is_available() else "cpu")
+    words = pipes.pop(rank)
+    for other in pipes:
+        other.close()
+    words.send(Word("here"))
 
     def log(metrics: dict[str, float], step: int) -> None:
         words.send(Word("metrics", metrics, step))
@@ -165,21 +204,30 @@ def _run(place: Place, work: Work, folder: Path, leave: "threading.Event", words
     def say(line: str) -> None:
         words.send(Word("line", line))
 
-    first = place.rank == 0
     try:
         with _meeting(place, folder):
+            first = place.rank == 0
             made = work(place, leave.is_set, log if first else lambda _metrics, _step: None, say if first else lambda _line: None)
-            if first:
-                for decay, candidate in made.items():
-                    save_weights(folder / f"{decay!r}.safetensors", candidate.weights)
-                words.send(Word("done", {decay: candidate.step for decay, candidate in made.items()}))
+            for decay, candidate in made.items() if first else ():
+                save_weights(folder / f"{decay!r}.safetensors", candidate.weights)
+        words.send(Word("done"))
+        return {decay: candidate.step for decay, candidate in made.items()}
     except Preempted:
-        words.send(Word("left"))
+        last = Word("left")
     except StockpotError as error:
-        words.send(Word("failed", error))
-    except Exception as error:
-        words.send(Word("failed", f"{type(error).__name__}: {error}"))
-        raise
+        last = Word("failed", error)
+    except Exception as error:  # noqa: BLE001  (whatever the work raises, the trial says it and ends this process)
+        traceback.print_exc()
+        last = Word("failed", f"{type(error).__name__}: {error}")
+    words.send(last)
+    threading.Event().wait()  # until the trial, which now decides, ends all ranks
+    raise AssertionError("the lifeline ends the process")
+
+
+def _end_with(lifeline: Connection) -> None:
+    """End this process as soon as the other end of the line is closed, which the trial's own end does too."""
+    wait([lifeline])
+    os._exit(1)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mlflow.models import get_model_info
 
 from stockpot.config import GateSpec, SoupSpec
 from stockpot.digests import digest
-from stockpot.errors import RegistryError
+from stockpot.errors import ModelError, RegistryError
 from stockpot.ledger import champions, packaging, registry
 from stockpot.ledger.connection import client
 from stockpot.ledger.limits import DESCRIPTION
@@ -162,6 +162,22 @@ def test_a_champion_of_other_classes_or_another_transform_is_not_compared(
     assert registry.alias_version(model, "champion") == rival.version
     assert releasing.read_judgement(version) is not None
     assert releasing.promote(model).version == version.version
+
+
+def test_a_champion_that_nobody_can_vouch_for_is_named(ground: Ground, model: str, tmp_path: Path) -> None:
+    report = cooked(ground, model, tmp_path, 1)
+    folder = tmp_path / "other"
+    sha256 = write_model(folder, build(ModelConfig(kind="open_clip", arch=ARCH, preprocess=PREPROCESS, classes=CLASSES)))
+    (folder / "fingerprint.json").unlink()
+    rival = registry.register_once(
+        model, registry.log_soup_model(model, report.mlflow_run_id, sha256, folder), sha256, report.mlflow_run_id, {}, ""
+    )
+    registry.set_alias(model, "champion", rival.version)
+    with pytest.raises(
+        ModelError, match=rf"version {rival.version} of {model}: .* no fingerprint.json.*`stockpot promote {model} --version N`"
+    ):
+        released(report)
+    assert registry.alias_version(model, "champion") == rival.version
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def fail(reason: str, place: Place, told_to_leave, log, say):
     """What a rank does in these tests."""
     say(f"pid {os.getpid()}")
     log({"seen": 1.0}, 3)
+    assert torch.distributed.is_torchelastic_launched()
     torch.distributed.barrier()
     if place.rank == 1 and reason == "stated":
         raise NonFinite("The loss stopped being a number at step 7.")
@@ -83,6 +84,8 @@ def fail(reason: str, place: Place, told_to_leave, log, say):
         raise ZeroDivisionError("by nought")
     if place.rank == 1 and reason == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if place.rank == 1 and reason == "exit":
+        os._exit(3)
     while not (place.rank == 0 and told_to_leave()):
         time.sleep(0.05)
     raise Preempted
@@ -93,7 +96,8 @@ def fail(reason: str, place: Place, told_to_leave, log, say):
     ("reason", "error", "said"),
     [
         ("stated", NonFinite, "at step 7"),
-        ("broken", RankLost, "ZeroDivisionError: by nought"),
+        ("broken", RankLost, r"Rank 1 of 2 broke \(ZeroDivisionError: by nought"),
+        ("exit", RankLost, "Rank 1 of 2 ended with exit code 3"),
         ("killed", RankLost, "Rank 1 of 2 ended with exit code -9"),
         ("preempted", Preempted, ""),
     ],
@@ -115,13 +119,30 @@ def test_all_ranks_stop_together_with_the_reason(reason, error, said, tmp_path):
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+class Unwelcome:
+    """Work that no other process can load."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+    def __call__(self, *_):
+        raise AssertionError
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_trial_on_two_ranks_killed_or_preempted_goes_on_and_leaves_no_rank(number, ground, ledger, tmp_path):
+def test_ranks_that_never_began_are_no_riddle(tmp_path):
+    with pytest.raises(RankLost, match=r"Rank \d of 2 ended with exit code 1"):
+        run_on_ranks(2, Unwelcome(), tmp_path, told_to_leave=lambda: False, log=lambda _metrics, _step: None, say=quiet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "sharded"), [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGKILL, True)])
+def test_a_trial_on_two_ranks_killed_or_preempted_goes_on_and_leaves_no_rank(number, sharded, ground, ledger, tmp_path):
     settings = SETTINGS.model_copy(update={"epochs": 30})
-    alone = run_trial(trial_of(ground, f"ranks-alone-{number}", tmp_path, settings, gpus=2), say=quiet)
+    two = {"gpus": 2, "sharded": sharded}
+    alone = run_trial(trial_of(ground, f"ranks-alone-{number}-{sharded}", tmp_path, settings, **two), say=quiet)
     interval_s = 300 if number == signal.SIGTERM else 0  # the state found after SIGTERM is the one it asked for
-    trial = trial_of(ground, f"ranks-disturbed-{number}", tmp_path, settings, gpus=2, state_interval_s=interval_s)
+    trial = trial_of(ground, f"ranks-disturbed-{number}-{sharded}", tmp_path, settings, state_interval_s=interval_s, **two)
     with start(trial) as child:
         ranks = psutil.Process(child.pid).children(recursive=True)
         assert len(ranks) >= 2
