@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from stockpot.data.images import Undecodable
 from stockpot.data.indexing import SCHEMA
 from stockpot.data.preparing import content_digest
+from stockpot.data.skipping import may_skip
 from stockpot.errors import DataError, counted
 
 UNREADABLE = "unreadable sample"
@@ -94,7 +95,7 @@ class Problems:
         """Raise `ProblemsFound` for anything but unreadable samples within the budget; returns their number."""
         unreadable = self.counts[UNREADABLE]
         total = sum(self.counts.values())
-        if total == unreadable and (not total or unreadable / samples <= skip_fraction):
+        if total == unreadable and may_skip(unreadable, samples, skip_fraction):
             return unreadable
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         first = next(example for kind, _ in self.counts.most_common() for example in self.examples[kind])

@@ -25,6 +25,7 @@ from stockpot.data.images import KINDS, decode, eval_transform
 from stockpot.data.node_cache import NodeCache
 from stockpot.data.pixel_store import Pixels, pixels
 from stockpot.data.preparing import Augment, transform_digest
+from stockpot.data.skipping import may_skip
 from stockpot.data.snapshots import Snapshot
 from stockpot.data.stopping import until_failure
 from stockpot.data.streaming import StreamedBytes
@@ -101,7 +102,6 @@ class TrainReader:
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, without the first `skip`. Raises `SnapshotBroken`, or `SkipBudgetExceeded` naming a sample."""
-        allowed = int(self.skip_fraction * self.plan.planned + 1e-6)  # 0.29 of 100 is 28.999999999999996
         skipped = 0
         with closing(self._streamed(epoch, skip) if self.reading == "streamed" else self._cached(epoch, skip)) as source:
             for made in source:
@@ -109,10 +109,10 @@ class TrainReader:
                     self.counters.update(made.counts)
                 self.skipped += made.skipped
                 skipped += len(made.skipped)
-                if skipped > allowed:
+                if not may_skip(skipped, self.plan.planned, self.skip_fraction):
                     raise SkipBudgetExceeded(
-                        f"{skipped:,} of {self.plan.planned:,} samples of epoch {epoch} are unreadable, {allowed:,} are allowed "
-                        f"(skip_fraction {self.skip_fraction:g}). First: {made.skipped[0]}. Repair it, or allow a fraction of train."
+                        f"{skipped:,} of {self.plan.planned:,} samples of epoch {epoch} are unreadable, `skip_fraction` "
+                        f"allows {self.skip_fraction:g} of them. First: {made.skipped[0]}. Repair it, or allow a fraction of train."
                     )
                 if self.plan.shuffled and not len(made.labels):
                     raise SkipBudgetExceeded(

@@ -30,6 +30,7 @@ from torch.nn import functional
 from stockpot.data.feature_store import PIECE, Piece, Rows, stored_rows
 from stockpot.data.preparing import DECODERS
 from stockpot.data.shards import Reading, TrainReader, transform_digest
+from stockpot.data.skipping import may_skip
 from stockpot.data.snapshots import Snapshot
 from stockpot.devices import claimed_gpus
 from stockpot.digests import short
@@ -191,7 +192,7 @@ def _pieces(model: Classifier, reader: TrainReader, device: str, say: Say, first
 
 def _require_readable(unreadable: int, samples: int, skip_fraction: float) -> None:
     """Features that lie here may have been computed for a request that allows more. Raises `SkipBudgetExceeded`."""
-    if unreadable > int(skip_fraction * samples + 1e-6):
+    if not may_skip(unreadable, samples, skip_fraction):
         raise SkipBudgetExceeded(
             f"{unreadable:,} of {samples:,} train samples are unreadable, `skip_fraction` allows {skip_fraction:g} of all: repair them, or "
             "allow more."
