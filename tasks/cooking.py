@@ -85,10 +85,10 @@ def settle_approval(version: ModelVersion, approved: bool, note: str) -> ModelVe
 
 @task(name="fetch picture", **TRANSIENT)
 def fetch_picture(report: SoupReport) -> tuple[bytes, str]:
-    """The soup's picture (PNG) and the address of its MLflow run, for the Prefect page."""
+    """The soup's picture (PNG) and the address of its report, for the Prefect page."""
     from stockpot.ledger import tracking
 
-    return tracking.read_picture(report), tracking.run_page(report.mlflow_run_id, report.model)
+    return tracking.read_picture(report), tracking.report_page(report)
 
 
 @task(name="read alias", **TRANSIENT)

@@ -63,8 +63,8 @@ async def show_sweep(sweep: Sweep, finished: dict[str, str], failed: dict[str, s
 
 
 def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: bytes, page: str, approval: str | None = None) -> None:
-    """Decisions, scores, the gate's `verdict` and the picture of one soup. `page` is the address of the soup's MLflow run, `approval` that
-    of the run that waits for a person, if one does."""
+    """Decisions, scores, the gate's `verdict` and the picture of one soup. `page` is the address of the soup's report, `approval` that of
+    the run that waits for a person, if one does."""
     create_table_artifact(
         [
             {
@@ -79,7 +79,7 @@ def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: 
         key=f"soup-{report.sweep_id}-decisions",
         description=f"Greedy decisions of sweep {report.sweep_id}, in order, on held_out",
     )
-    head, *rows = table.asked(report, percent)
+    head, *rows = table.filled(report, percent)
     create_table_artifact(
         [dict(zip(head, row, strict=True)) for row in rows],
         key=f"soup-{report.sweep_id}-scores",
@@ -98,7 +98,7 @@ def show_soup(report: SoupReport, version: ModelVersion, verdict: str, picture: 
         description=f"Version {version.version} of {version.model}",
     )
     create_link_artifact(
-        f"{page}/artifacts/report.html",
+        page,
         link_text=f"Report of {version.model} version {version.version}",
         key=f"soup-{report.sweep_id}-report",
         description="The whole report: picture, scores with intervals, every decision, curves and trials",

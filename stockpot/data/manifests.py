@@ -20,7 +20,7 @@ from stockpot.data.examination import ROWS, Problems
 from stockpot.data.indexing import SCHEMA, write_parquet
 from stockpot.data.node_cache import written
 from stockpot.data.snapshots import IndexFile, Manifest, Shard, Snapshot, commit, open_snapshot
-from stockpot.data.splits import SPLITS, SplitRule, SplitSpec, asked, assign, draw, point
+from stockpot.data.splits import SPLITS, SplitRule, SplitSpec, assign, draw, point, wanted
 from stockpot.digests import file_digest
 from stockpot.errors import BadRequest, DataError, ObjectMissing, counted
 
@@ -162,7 +162,7 @@ def class_counts(
     labels_N: NDArray[np.int32], codes_N: NDArray[np.int8], classes: tuple[str, ...], rule: SplitRule | None
 ) -> dict[str, list[int]]:
     """Samples of every class in every split that is there, or was to be drawn."""
-    codes = {*np.unique(codes_N).tolist(), *(asked(rule) if rule else ())}
+    codes = {*np.unique(codes_N).tolist(), *(wanted(rule) if rule else ())}
     return {SPLITS[code]: np.bincount(labels_N[codes_N == code], minlength=len(classes)).tolist() for code in sorted(codes)}
 
 

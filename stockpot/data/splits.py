@@ -62,7 +62,7 @@ def assign(points_N: NDArray[np.uint64], rule: SplitRule) -> NDArray[np.int8]:
     return np.where(held_out, 1, np.where(gate, 2, 0)).astype(np.int8)
 
 
-def asked(rule: SplitRule) -> list[int]:
+def wanted(rule: SplitRule) -> list[int]:
     """Split codes that the rule is to fill."""
     return [0, *[1] * (rule.held_out_below > 0), *[2] * (rule.gate_below > rule.held_out_below)]
 

@@ -262,15 +262,10 @@ def read_picture(report: SoupReport) -> bytes:
         return read_file(report.mlflow_run_id, "picture.png")
 
 
-def run_page(mlflow_run_id: str, model: str) -> str:
-    """The address of a run's page for a browser."""
-    with asking():
-        return f"{address().rstrip('/')}/#/experiments/{experiment(model)}/runs/{mlflow_run_id}"
-
-
 def report_page(report: SoupReport) -> str:
-    """The address of a soup's page for a browser."""
-    return f"{run_page(report.mlflow_run_id, report.model)}/artifacts/report.html"
+    """The address of a soup's page for a browser, beside which MLflow lists its card and picture."""
+    with asking():
+        return f"{address().rstrip('/')}/#/experiments/{experiment(report.model)}/runs/{report.mlflow_run_id}/artifacts/report.html"
 
 
 def _ingredients(model: str, condition: str) -> list[Ingredient]:

@@ -59,20 +59,20 @@ def rows(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
     ]
 
 
-def asked(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
+def filled(report: SoupReport, shown: Shown = percent) -> list[list[str]]:
     """Head and rows, without columns that are empty throughout."""
-    return _filled([head(report), *rows(report, shown)])
+    return _without_empty([head(report), *rows(report, shown)])
 
 
 def scores(report: SoupReport) -> list[list[str]]:
     """The same of the scores alone."""
     end = head(report).index(ECE)
-    return _filled([line[:end] for line in (head(report), *rows(report))])
+    return _without_empty([line[:end] for line in (head(report), *rows(report))])
 
 
 def text(report: SoupReport) -> str:
     """The table in columns of spaces, without those that are empty throughout."""
-    lines = asked(report)
+    lines = filled(report)
     wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]).rstrip() for line in lines)
 
@@ -84,7 +84,7 @@ def as_csv(report: SoupReport) -> str:
     return file.getvalue()
 
 
-def _filled(lines: list[list[str]]) -> list[list[str]]:
+def _without_empty(lines: list[list[str]]) -> list[list[str]]:
     kept = [place for place in range(len(lines[0])) if any(line[place] for line in lines[1:])]
     return [[line[place] for place in kept] for line in lines]
 

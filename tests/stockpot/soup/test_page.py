@@ -93,7 +93,7 @@ def test_card_page_csv_and_text_show_one_table_that_says_what_was_not_measured(s
     assert "tempered" not in table.text(report(sweep, True, True)), "what nobody measured has no column for a reader"
     plain = report(sweep, False, False)
     assert (
-        table.asked(plain)
+        table.filled(plain)
         == table.scores(plain)
         == [["accuracy, %", "held_out", "gate"], *[[row[0], "95.00", "90.00"] for row in table.rows(plain)]]
     )
