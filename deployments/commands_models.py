@@ -45,8 +45,7 @@ def reproduce(model: Name, as_json: AsJson = False) -> None:
     from stockpot.release import explaining
 
     connection.check_server()
-    version = explaining.reproduce(model)
-    how = explaining.compared(version, explaining.read_report(version))
+    version, how = explaining.reproduce(model)
     told = f"{version.model} version {version.version} is reproduced: {version.soup_sha256}. {how}"
     _tell({**version.model_dump(mode="json"), "compared": how}, told, as_json)
 

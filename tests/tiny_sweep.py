@@ -148,11 +148,11 @@ def finish_trial(
     held_out = pixels(open_snapshot(sweep.data.snapshot), "held_out", config.preprocess)
     logits_NC = logits(model, held_out.images, config.preprocess)
     place = folder / f"trial-{index}"
-    write_model(place, model)
+    sha256 = write_model(place, model)
     save_weights(place / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
     (place / "card.json").write_text("{}")
     with TrialLog(sweep.trials[index], claim=1) as log:
-        return record_ingredient(log, Made(place, accuracy(logits_NC, held_out.labels), held_out.transform_digest, seconds=1.0))
+        return record_ingredient(log, Made(place, sha256, accuracy(logits_NC, held_out.labels), held_out.transform_digest, seconds=1.0))
 
 
 def record_ingredient(log: TrialLog, made: Made) -> Ingredient:

@@ -58,7 +58,7 @@ def run_demo(*, seed: int, fresh: bool, keep: bool) -> None:
         with _timed(seconds, "consumer", "A fresh process without this repository loads the champion"):
             told = [_stranger(version, report, uris["test"], seed)]
         with _timed(seconds, "record", "The version is explained, rebuilt from its ingredients, and served over HTTP"):
-            told += _use(version, report)
+            told += _use(version)
         seconds["total"] = time.monotonic() - began
         _write(report, version, seconds, request.sweep.trials)
         _tell(report, version, told, addresses, seconds, keep)
@@ -178,7 +178,7 @@ def _stranger(version: ModelVersion, report: SoupReport, test: str, seed: int) -
     return f"A fresh process without this repository: {correct} of {len(names)} test images right, each answer as the soup's own."
 
 
-def _use(version: ModelVersion, report: SoupReport) -> list[str]:
+def _use(version: ModelVersion) -> list[str]:
     """What anybody may do with a version: explain it, rebuild it from its ingredients, and ask `mlflow models serve` about a picture."""
     from stockpot.release import explaining
 
@@ -186,12 +186,12 @@ def _use(version: ModelVersion, report: SoupReport) -> list[str]:
     picture, explained = min(folder.glob("*.png")), folder / "explain.txt"
     with serving(f"models:/{name}", folder / "serve.log") as service:
         explained.write_text(f"{explaining.explain(name)}\n")
-        explaining.reproduce(name)
+        rebuilt = explaining.reproduce(name)
         service.wait()
         answer = service.ask(picture.read_bytes())
     return [
         f"`stockpot explain {name}` tells where it comes from: {explained}.",
-        f"`stockpot reproduce {name}` rebuilt it. {explaining.compared(version, report)}",
+        f"`stockpot reproduce {name}` rebuilt it. {rebuilt.how}",
         f"`mlflow models serve -m models:/{name}` answers over HTTP: {picture.name} is {answer['label']} ({answer['probability']:.2f}).",
         f"`stockpot rollback {version.model}` makes the champion before it champion again, once there is one.",
     ]

@@ -22,6 +22,8 @@ class Made(NamedTuple):
 
     folder: Path
     """Of the `INGREDIENT_FILES`."""
+    weights_sha256: str
+    """Of the first of them, as it was written."""
     held_out: Accuracy
     transform_digest: str
     seconds: float
@@ -52,7 +54,7 @@ def store(trial: Trial, mlflow_run_id: str, made: Made) -> Ingredient:
         ema_decay=made.ema_decay,
         model_id=model.model_id,
         mlflow_run_id=mlflow_run_id,
-        weights_sha256=file_digest(made.folder / INGREDIENT_FILES[0]),
+        weights_sha256=made.weights_sha256,
         files={name: file_digest(made.folder / name) for name in INGREDIENT_FILES[1:]},
         init_digest=trial.init.digest,
         transform_digest=made.transform_digest,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +40,14 @@ class Story(Closed):
     report: SoupReport
 
 
+class Reproduced(NamedTuple):
+    """A version that was made again, and is the same."""
+
+    version: ModelVersion
+    how: str
+    """What was compared, and how exactly, as a sentence."""
+
+
 def look_up(name: str) -> Story:
     """Raises `RegistryError`, `RecordUnreadable`.
 
@@ -71,16 +80,16 @@ def tell(story: Story) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def reproduce(name: str) -> ModelVersion:
+def reproduce(name: str) -> Reproduced:
     """Average the version's ingredients again, from the ledger, and compare the sha256 of the result with the registered one; and compare
     every file of the version, its card, its report and the gate's evidence with the digests taken when they were made.
 
-    Returns the version when all are equal. Raises `RegistryError` when they are not, and `IngredientMismatch` for a changed ingredient.
+    Returns when all are equal. Raises `RegistryError` when they are not, and `IngredientMismatch` for a changed ingredient.
     """
     version = registry.resolve(name)
     report = read_report(version)
     releasing.read_record(version, "card.md")
-    releasing.read_judgement(version)
+    judged = releasing.read_judgement(version) is not None
     left = sources(report)
     if lost := gone(report, left):
         raise RegistryError(_cannot_be_rebuilt(version, lost))
@@ -92,7 +101,7 @@ def reproduce(name: str) -> ModelVersion:
             _compare_statistics(report, found, registered)
         elif save_weights(folder / "soup.safetensors", found) != version.soup_sha256:
             raise _another(report, "another sha256")
-    return version
+    return Reproduced(version, _compared(report, judged))
 
 
 def gone(report: SoupReport, left: Mapping[str, Source]) -> tuple[str, ...]:
@@ -124,15 +133,14 @@ def _rebuilt(report: SoupReport, left: Mapping[str, Source], folder: Path) -> di
         return rebuild(report, files, start)
 
 
-def compared(version: ModelVersion, report: SoupReport) -> str:
-    """What `reproduce` compares of this version, and how exactly, as a sentence."""
+def _compared(report: SoupReport, judged: bool) -> str:
     how = "The weights were compared to the bit"
     if report.batch_norm_samples:
         how = (
             "The weights were compared to the bit, but for BatchNorm's statistics: estimated again on "
             f"{report.batch_norm_samples} training samples, they may differ by {NEAR:g} of the largest of their tensor"
         )
-    record = "report, card and gate evidence" if releasing.read_judgement(version) else "report and card"
+    record = "report, card and gate evidence" if judged else "report and card"
     return f"{how}; every file of the version and of its ingredients, and its {record}, by the sha256 recorded of each."
 
 

@@ -109,8 +109,8 @@ def _evaluation(
         with room_for("the evaluation of what was trained", "Use a device with more memory, or a smaller model.")():
             logits_NC = logits(model, held_out.images, config.preprocess, device=device)
         score = accuracy(logits_NC, held_out.labels)
-        _write_ingredient(place, trial, decay, model, logits_NC, held_out)
-        return Made(place, score, held_out.transform_digest, time.monotonic() - began, candidate.step, decay)
+        sha256 = _write_ingredient(place, trial, decay, model, logits_NC, held_out)
+        return Made(place, sha256, score, held_out.transform_digest, time.monotonic() - began, candidate.step, decay)
 
     return made
 
@@ -189,8 +189,9 @@ def _note(trial: Trial, log: TrialLog, say: Say) -> Log:
     return note
 
 
-def _write_ingredient(folder: Path, trial: Trial, ema_decay: float, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> None:
-    """The five files of an ingredient: weights, model config, fingerprint, per-sample held-out logits and card."""
+def _write_ingredient(folder: Path, trial: Trial, ema_decay: float, model: Classifier, logits_NC: Tensor, held_out: Pixels) -> str:
+    """The five files of an ingredient: weights, model config, fingerprint, per-sample held-out logits and card. Returns the sha256 of the
+    weights."""
     sha256 = write_model(folder, model)
     save_weights(folder / "held_out.safetensors", {"logits": logits_NC, "labels": torch.as_tensor(held_out.labels)})
     card: dict[str, Any] = {
@@ -202,3 +203,4 @@ def _write_ingredient(folder: Path, trial: Trial, ema_decay: float, model: Class
         "torch": torch.__version__,
     }
     (folder / "card.json").write_bytes(canonical(card))
+    return sha256

@@ -14,6 +14,7 @@ from mlflow.tracking._tracking_service import client as mlflow_client
 from safetensors.torch import save_file
 
 from stockpot.config import BaseSpec, DataSpec, Init, PinnedData, PinnedSnapshot, RetrainRequest, Sweep, SweepSpec
+from stockpot.digests import file_digest
 from stockpot.errors import IngredientMismatch, RecordUnreadable, RegistryError, ServerUnreachable, SweepMissing, TrialFailed
 from stockpot.ledger import tracking, trial_log
 from stockpot.ledger.connection import client, experiment, find_run, of_kind, search_runs
@@ -37,14 +38,14 @@ def sweep_of(model: str, trials: int = 2) -> Sweep:
     return plan(request, PinnedData(snapshot=snapshot), Init(uri="/store/inits/x", digest="b" * 64))
 
 
-def files(folder: Path, seed: int = 0, width: int = 3) -> Path:
+def made_in(folder: Path, seed: int = 0, width: int = 3) -> Made:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"head.weight": torch.full((2, width), float(seed))}, folder / "model.safetensors")
     save_file({"logits": torch.zeros(4, width)}, folder / "held_out.safetensors")
     (folder / "card.json").write_text("{}")
     (folder / "model.json").write_text("{}")
     (folder / "fingerprint.json").write_text("{}")
-    return folder
+    return Made(folder, file_digest(folder / "model.safetensors"), Accuracy(correct=3, seen=4), "t", seconds=1.0, step=1)
 
 
 def record(sweep: Sweep, index: int, folder: Path, width: int = 3, claim: int = 1) -> Ingredient:
@@ -52,7 +53,7 @@ def record(sweep: Sweep, index: int, folder: Path, width: int = 3, claim: int = 
         log.params(sweep.trials[index].settings.model_dump())
         log.metrics({"train/loss": 1.0}, step=0)
         log.metrics({"train/loss": 0.5}, step=1)
-        return record_ingredient(log, Made(files(folder, index, width), Accuracy(correct=3, seen=4), "t", seconds=1.0, step=1))
+        return record_ingredient(log, made_in(folder, index, width))
 
 
 def seconds_of_a_hundred_steps(log: TrialLog) -> float:
@@ -164,7 +165,7 @@ def test_a_run_that_its_sweep_ends_is_not_reopened_by_an_earlier_attempt(
     early, late = TrialLog(sweep.trials[0], claim=1), TrialLog(sweep.trials[0], claim=2)
     early.__enter__()
     late.__enter__()
-    run = record_ingredient(late, Made(files(tmp_path), Accuracy(correct=3, seen=4), "t", seconds=1.0)).mlflow_run_id
+    run = record_ingredient(late, made_in(tmp_path)).mlflow_run_id
     error = TrialFailed("Anything.")
     woken = Interrupting(monkeypatch, point, lambda: early.__exit__(type(error), error, None))
     tracking.close_sweep(sweep.id, "FINISHED", {"finished": 1})
@@ -223,7 +224,7 @@ def test_an_incomplete_or_foreign_ingredient_is_named(sweep: Sweep, tmp_path: Pa
         tracking.fetch_ingredient(made.model_copy(update={"model_id": "m-0"}), tmp_path / "b")
     (tmp_path / "made" / "card.json").unlink()
     with pytest.raises(IngredientMismatch, match=r"hands over no card\.json"), TrialLog(sweep.trials[1], claim=1) as log:
-        record_ingredient(log, Made(tmp_path / "made", Accuracy(correct=1, seen=2), "t", seconds=0.0))
+        record_ingredient(log, Made(tmp_path / "made", made.weights_sha256, Accuracy(correct=1, seen=2), "t", seconds=0.0))
 
 
 def test_no_server_is_one_sentence_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +245,7 @@ def test_metrics_and_the_ingredient_outlive_a_server_that_dies_before_the_end(
     said: list[str] = []
     log = TrialLog(sweep.trials[0], say=said.append, claim=1)
     log.__enter__()
-    record_ingredient(log, Made(files(tmp_path), Accuracy(correct=3, seen=4), "t", seconds=1.0))
+    record_ingredient(log, made_in(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert seconds_of_a_hundred_steps(log) < SOON_S
     log.__exit__(None, None, None)

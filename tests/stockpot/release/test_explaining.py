@@ -14,7 +14,7 @@ from stockpot.ledger import registry, tracking
 from stockpot.ledger.connection import client
 from stockpot.outcomes import SoupReport
 from stockpot.release import explaining, releasing
-from stockpot.release.explaining import compared, explain, read_report, reproduce
+from stockpot.release.explaining import explain, read_report, reproduce
 from stockpot.soup.souping import cook
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
@@ -36,10 +36,9 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
     assert f"{model} version 1 is champion." in told
     assert all(trial in told for trial in report.ingredients)
     assert "Gate: Promoted: there is no champion" in told
-    assert reproduce(f"{model}/1").soup_sha256 == report.soup_sha256
-
-    version = registry.read_version(model, 1)
-    assert "report, card and gate evidence, by the sha256" in compared(version, report)
+    version, how = reproduce(f"{model}/1")
+    assert (version, version.soup_sha256) == (registry.read_version(model, 1), report.soup_sha256)
+    assert "report, card and gate evidence, by the sha256" in how
     ingredient = tracking.find_ingredient(model, report.ingredients[0])
     assert ingredient is not None
     soup, trial = tmp_path / "soup", tmp_path / "trial"
@@ -65,7 +64,7 @@ def test_a_version_is_told_rebuilt_and_found_changed(report: SoupReport, ground:
         with pytest.raises((RegistryError, IngredientMismatch), match=told):
             reproduce(model)
         mend()
-    assert reproduce(model).version == 1
+    assert reproduce(model).version.version == 1
 
     registry.write_tag(version, "stockpot.decision", decision.model_copy(update={"reason": "Promoted: it is the best."}).model_dump_json())
     for command in (explain, reproduce):
@@ -106,7 +105,7 @@ def test_one_bit_anywhere_in_any_stored_file_is_found(report: SoupReport, tmp_pa
             unnoticed.append(name)
         mend()
     assert unnoticed == []
-    assert reproduce(report.model) == version
+    assert reproduce(report.model).version == version
 
 
 Mend = Callable[[], None]
@@ -150,8 +149,10 @@ def test_a_version_keeps_its_own_record_when_its_sweep_is_cooked_again(ground: G
         versions.append((releasing.register(report), report))
     assert [version.version for version, _ in versions] == [1, 2]
     assert [read_report(version) for version, _ in versions] == [report for _, report in versions]
-    assert [reproduce(f"{sweep.request.model}/{number}").version for number in (1, 2)] == [1, 2]
-    assert all(", and its report and card, by the sha256" in compared(version, report) for version, report in versions)  # never judged
+    for made, _ in versions:
+        version, how = reproduce(f"{sweep.request.model}/{made.version}")
+        assert version.version == made.version
+        assert ", and its report and card, by the sha256" in how  # never judged
 
 
 @pytest.mark.slow
@@ -166,7 +167,7 @@ def test_every_recipe_is_rebuilt_from_its_record_and_a_flipped_bit_found(
         report = cook(sweep.id, say=[].append)
         version = releasing.register(report)
         assert (report.recipe, recipe in report.scores) == (recipe, True)
-        assert reproduce(f"{model}/{version.version}").soup_sha256 == report.soup_sha256
+        assert reproduce(f"{model}/{version.version}").version.soup_sha256 == report.soup_sha256
         ingredient = tracking.find_ingredient(model, report.ingredients[-1])
         assert ingredient is not None
         trial = tmp_path / recipe

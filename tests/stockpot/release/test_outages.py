@@ -117,7 +117,7 @@ def test_a_release_interrupted_before_every_step_registers_once(
     assert [found.version for found in client().search_model_versions(f"name = '{model}'")] == ["1"]
     assert registry.alias_version(model, "champion") == 1
     assert [line["after"] for line in champions.read_history(model)] == [1]
-    assert reproduce(model).version == 1
+    assert reproduce(model).version.version == 1
 
 
 def test_a_soup_interrupted_before_every_step_is_cooked_once_and_scores_nothing_twice(
@@ -215,7 +215,7 @@ def test_a_release_killed_between_version_and_alias_is_finished_by_the_next(grou
     assert [found.version for found in client().search_model_versions(f"name = '{model}'")] == ["1"]
     assert registry.alias_version(model, "champion") == 1
     assert [line["after"] for line in champions.read_history(model)] == [1]
-    assert reproduce(model).version == 1
+    assert reproduce(model).version.version == 1
 
 
 def released_beside_another(sweep_id: str, meeting: Path, patience_s: float, environ: dict[str, str]) -> SoupReport:
@@ -266,4 +266,4 @@ def test_one_sweep_cooked_by_two_processes_at_once_is_one_soup_run_and_one_versi
     assert [found.version for found in client().search_model_versions(f"name = '{report.model}'")] == ["1"]
     assert registry.alias_version(report.model, "champion") == 1
     assert [line["after"] for line in champions.read_history(report.model)] == [1]
-    assert reproduce(report.model).soup_sha256 == report.soup_sha256
+    assert reproduce(report.model).version.soup_sha256 == report.soup_sha256

@@ -125,7 +125,7 @@ def test_soups_and_singles_get_the_statistics_of_training_samples(
     assert {point.scores.held_out for point in estimated.trials} >= {estimated.scores["best_single"].held_out}
 
     releasing.gate(estimated, version, GateSpec())
-    assert reproduce(estimated.model).version == version.version
+    assert reproduce(estimated.model).version.version == version.version
     monkeypatch.setattr(settling, "BATCH", 7)
     with pytest.raises(RegistryError, match=r"another `body\.1\."):
         reproduce(estimated.model)

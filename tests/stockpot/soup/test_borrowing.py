@@ -202,7 +202,7 @@ def test_a_dataset_that_nobody_trained_on_gets_the_bodies_of_others(ground: Grou
     assert {step.trial_id for step in report.steps} == {init.id, *(trial.id for trial in theirs.trials)}
     assert report.scores["greedy"].held_out.correct >= tracking.find_ingredients(mine)[0].held_out.correct
     version = releasing.register(report)
-    assert reproduce(f"{version.model}/{version.version}").soup_sha256 == report.soup_sha256
+    assert reproduce(f"{version.model}/{version.version}").version.soup_sha256 == report.soup_sha256
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_two_datasets_are_trained_apart_and_souped_told_rebuilt_and_kept(ground:
     version = releasing.register(report)
     releasing.gate(report, version, GateSpec(gate_tolerance=1.0, shift_tolerance=1.0))
     assert f"of sweep {theirs.id} of {names[0]}" in explain(names[1])
-    assert reproduce(names[1]).soup_sha256 == report.soup_sha256
+    assert reproduce(names[1]).version.soup_sha256 == report.soup_sha256
     assert doomed(names[0]) == set(), "mine is made of them"
     assert plan_removal(names[0], keep_top=0, min_age_h=0).forgets == ()
     registry.set_alias(names[1], "champion", None)

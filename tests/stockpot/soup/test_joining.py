@@ -135,4 +135,4 @@ def test_the_champion_is_one_more_ingredient_told_rebuilt_and_kept(
     client().delete_model_version(champion.model, "1")
     doomed = {one.about for one in plan_removal(champion.model, keep_top=0, min_age_h=0).removable}
     assert champion.soup_sha256 not in doomed, "the second version is made of it"
-    assert reproduce(champion.model) == version
+    assert reproduce(champion.model).version == version

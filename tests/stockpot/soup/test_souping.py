@@ -170,7 +170,7 @@ def test_where_nothing_improves_on_the_best_single_model_that_model_ships(ground
     assert (report.ingredients, report.soup_sha256, report.best_single) == ((good.trial_id,), good.weights_sha256, good.trial_id)
     assert report.scores["greedy"] == report.scores["best_single"]
     assert f"so the best single model, trial {good.trial_id}, ships" in tracking.read_text(report.mlflow_run_id, "card.md")
-    assert reproduce(f"{report.model}/{register(report).version}").soup_sha256 == good.weights_sha256
+    assert reproduce(f"{report.model}/{register(report).version}").version.soup_sha256 == good.weights_sha256
 
 
 def test_unfit_ingredients_are_left_out_with_their_reason(ground: Ground, sweep: Sweep, tmp_path: Path) -> None:
