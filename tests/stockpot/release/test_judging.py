@@ -45,6 +45,7 @@ def evidence(challenger: int, shift: int, spec: GateSpec, calibration: float = 0
         (195, 96, GateSpec(shift_tolerance=0.02), True, "no loss above"),
         (195, 95, GateSpec(shift_tolerance=0.02), False, "shift suite blur"),
         (195, 90, GateSpec(suite_tolerances={"blur": 0.05}), True, "no loss above"),
+        (195, 95, GateSpec(gate_tolerance=0.5, suite_tolerances={"noise": 0.5}), False, "shift suite blur"),
         (195, 100, GateSpec(calibration_tolerance=0.01), False, "calibration error is 3.00 points higher, 1.00 are tolerated"),
         (195, 100, GateSpec(calibration_tolerance=0.03), True, "no loss above"),
         (195, 100, GateSpec(latency_tolerance=0.05), False, "takes 10.0 % longer for an image, 5.00 are tolerated"),
@@ -58,6 +59,44 @@ def test_the_rule(challenger: int, shift: int, spec: GateSpec, promoted: bool, t
     assert decision.promoted is promoted
     assert told in decision.reason
     assert (decision.champion_before, decision.gate_digest) == (1, digest(spec))
+
+
+@settings(max_examples=20)
+@given(thousandths=st.integers(0, 200), seen=st.integers(1, 8).map(lambda one: 1000 * one), beyond=st.integers(-1, 1))
+def test_a_loss_of_the_tolerance_passes_and_one_sample_more_does_not(thousandths: int, seen: int, beyond: int) -> None:
+    """Whole samples: no rounding of a tolerance takes one for another, however large the split is."""
+    lost = max(0, thousandths * seen // 1000 + beyond)
+    one = evidence(195, 100, GateSpec(gate_tolerance=thousandths / 1000))
+    decision = judge(one.model_copy(update={"gate": answers(seen, seen - lost, seen)}))
+    assert decision.promoted is (1000 * lost <= thousandths * seen)
+
+
+def test_the_first_refusal_is_told_in_the_order_of_the_rule() -> None:
+    one = evidence(180, 90, GateSpec(calibration_tolerance=0.01, latency_tolerance=0.05, size_tolerance=0.01))
+    one = one.model_copy(update={"shifts": {"noise": answers(100, 80), "blur": answers(100, 90)}})
+    changes: dict[str, dict[str, object]] = {
+        "loses 5.00 points on the gate split": {"gate": answers(190, 190)},
+        "loses 5.00 points on shift suite blur": {"shifts": {"noise": answers(100, 80)}},
+        "loses 10.00 points on shift suite noise": {"shifts": {}},
+        "calibration error is 3.00 points higher": {"calibration_error": {"champion": 0.05, "challenger": 0.02}},
+        "takes 10.0 % longer": {"seconds_per_image": ((0.011, 0.010),)},
+        "weights are 4.0 % larger": {"challenger": CHALLENGER.model_copy(update={"weights_bytes": 960})},
+    }
+    for told, mend in changes.items():
+        assert told in judge(one).reason
+        one = one.model_copy(update=mend)
+    decision = judge(one)
+    assert decision.promoted, "and what is better calibrated, faster and smaller is not refused for it"
+    assert (decision.latency_ratio, decision.size_ratio) == (pytest.approx(10 / 11), 0.96)
+
+
+def test_another_metric_is_judged_by_its_own_value_and_not_by_the_counts() -> None:
+    """The counts say a gain, the metric a loss, and the other way round."""
+    for counts, measured, promoted in (((190, 195), (0.9, 0.85), False), ((190, 180), (0.85, 0.9), True)):
+        gate = answers(*counts).model_copy(update={"measured": dict(zip(("champion", "challenger"), measured, strict=True))})
+        decision = judge(evidence(195, 100, GateSpec()).model_copy(update={"gate": gate}))
+        assert decision.promoted is promoted
+        assert f"{100 * (measured[1] - measured[0]):+.2f} points, 95 % interval of the accuracy" in decision.reason
 
 
 def test_what_passes_may_wait_for_a_person_and_what_fails_does_not() -> None:
@@ -113,6 +152,7 @@ def test_no_champion_and_one_that_cannot_be_compared() -> None:
     assert judge(Evidence(spec=GateSpec(), challenger=CHALLENGER)).reason == "Promoted: there is no champion to compare it with."
     for change, told in (
         ({"classes": ("red",)}, "knows other classes (1, the challenger 3, or in another order)"),
+        ({"classes": CLASSES[::-1]}, "knows other classes (3, the challenger 3, or in another order)"),
         ({"preprocess": PREPROCESS.model_copy(update={"size": 8})}, "sees images prepared another way"),
     ):
         decision = judge(Evidence(spec=GateSpec(), champion=CHAMPION.model_copy(update=change), challenger=CHALLENGER))

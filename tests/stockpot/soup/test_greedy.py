@@ -1,6 +1,8 @@
 """Guards: greedy decides as the paper's loop does, whatever order, early rejection or number of devices, for random pools and ties."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from statistics import mean, stdev
 from threading import Barrier
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from stockpot.evaluation import right
 from stockpot.outcomes import Accuracy
-from stockpot.soup.recipes.examining import Verdict, doubtful_first, examine, floor, margins
+from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor, margins
 from stockpot.soup.recipes.greedy import Score, greedy, members, ranked, shuffled
 from stockpot.soup.recipes.preranking import by_averaged_logits
 from stockpot.soup.recipes.speculation import Speculation
@@ -193,6 +195,72 @@ def test_answers_nobody_asked_for_are_told_apart() -> None:
         assert crowd.score(["a", "b"], 5).accuracy.correct == 5
         crowd.ahead([])  # it was kept: what was said about the others is of no use
     assert [answer.passes for answer in crowd.wasted] == [3]
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 100_000), samples=st.integers(5, 80), spread=st.floats(0.1, 4), block=st.integers(1, 40), data=st.data())
+def test_a_candidate_is_looked_at_to_the_block_of_its_first_error_too_many(
+    seed: int, samples: int, spread: float, block: int, data: st.DataObject
+) -> None:
+    pool = Linear(seed, 2, samples, spread)
+    logits, need = pool.logits(["t00", "t01"]), data.draw(st.integers(0, samples))
+    wrong = (~right(logits, pool.labels)).tolist()
+
+    def looked_at(order: Sequence[int], block: int) -> Verdict:
+        return examine(lambda numbers: logits[numbers], pool.labels, torch.tensor(order), need, block)[0]
+
+    order = data.draw(st.permutations(range(samples)))
+    errors = [*accumulate(wrong[number] for number in order)]
+    too_many = next((place for place, count in enumerate(errors, 1) if count > samples - need), samples)
+    examined = min(samples, -(-too_many // block) * block)
+    assert looked_at(order, block) == Verdict(Accuracy(correct=samples - errors[examined - 1], seen=samples), examined)
+    worst_first = looked_at(sorted(range(samples), key=lambda number: not wrong[number]), 1)
+    if sum(wrong) > samples - need:
+        assert worst_first.examined / samples == floor(need, samples)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 100_000), trials=st.integers(1, 7), samples=st.integers(5, 40), spread=st.floats(0.1, 4),
+    accept=st.sampled_from(["improve", "not_worse"]),
+)  # fmt: skip
+def test_greedy_asks_for_exactly_what_keeps_a_candidate(seed: int, trials: int, samples: int, spread: float, accept: str) -> None:
+    pool = Linear(seed, trials, samples, spread)
+    needs: list[int] = []
+
+    def score(trials: Sequence[str], need: int) -> Verdict:
+        needs.append(need)
+        return pool.fully(trials, need)
+
+    steps = greedy({trial: pool.score([trial]) for trial in pool.weights}, score, accept, passes=2, replacement=True)  # type: ignore[arg-type]
+    assert [step.kept for step in steps[1:]] == [step.after.correct >= need for step, need in zip(steps[1:], needs, strict=True)]
+    assert all(step.before and 0 <= need - step.before.correct <= 1 for step, need in zip(steps[1:], needs, strict=True))
+
+
+@given(seed=st.integers(0, 100_000), size=st.integers(1, 9), loud=st.floats(0.1, 10))
+def test_the_likeliest_errors_of_the_soup_with_one_more_come_first(seed: int, size: int, loud: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    soup, candidate = (torch.randn(30, 4, generator=rng, dtype=torch.float64) * by for by in (1, loud))
+    labels = torch.randint(4, (30,), generator=rng)
+
+    def spread(rows: list[list[float]]) -> float:
+        return mean(stdev(row) for row in rows)
+
+    soups, candidates = soup.tolist(), candidate.tolist()
+    by, of = spread(soups), spread(candidates)
+    found = []
+    for one, two, label in zip(soups, candidates, labels.tolist(), strict=True):
+        told = [size * a / by + b / of for a, b in zip(one, two, strict=True)]
+        found.append(told.pop(label) - max(told))
+    assert doubtful_first(soup, size, candidate, labels).tolist() == sorted(range(30), key=found.__getitem__)
+
+
+@given(samples=st.integers(1, 10**6))
+def test_a_block_is_a_sixty_fourth_of_the_split_within_what_devices_like(samples: int) -> None:
+    block = block_size(samples)
+    assert 32 <= block <= 256
+    assert block == 32 or 64 * (block - 1) < samples
+    assert block == 256 or 64 * block >= samples
 
 
 def test_a_rejection_looks_at_little_more_than_its_floor() -> None:

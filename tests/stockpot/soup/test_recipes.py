@@ -70,6 +70,12 @@ def test_angles_are_those_between_the_differences(pool: tuple[list[State], list[
     assert [found[i][i] for i in range(3)] == [0.0] * 3
     cosine = float(steps[0] @ steps[2] / steps[0].norm() / steps[2].norm())
     assert abs(found[0][2] - float(torch.rad2deg(torch.acos(torch.tensor(cosine, dtype=torch.float64))))) < 1e-6
+    counting = []
+    for number, state in enumerate(states):
+        place = files[0].path.with_name(f"counting-{number}.safetensors")
+        save_weights(place, state | {"steps": torch.tensor(1000 * number)})
+        counting.append(open_weights(place))
+    assert torch.equal(gram(counting[0], counting[1:]), gram(files[0], files[1:])), "how many steps were counted is no direction"
     assert angles(torch.zeros(2, 2, dtype=torch.float64)) == [[0.0, 90.0], [90.0, 0.0]]
 
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from stockpot.outcomes import Accuracy
+from stockpot.soup import score_cache
 from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.score_cache import ScoreCache
 
@@ -34,10 +36,16 @@ def test_a_score_that_a_crash_of_the_node_left_empty_is_none(cache: ScoreCache) 
     assert cache.get("k", 0) is None
 
 
-def test_the_key_knows_multiplicity_split_transform_and_device_but_no_order(cache: ScoreCache) -> None:
+def test_the_key_knows_multiplicity_split_transform_device_and_arithmetic_but_no_order(
+    cache: ScoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = cache.key(["a", "b"], "s", "held_out", "t")
     assert key == cache.key(["b", "a"], "s", "held_out", "t")
     others = [cache.key(["a", "b", "b"], "s", "held_out", "t"), cache.key(["a", "b"], "z", "held_out", "t"),
               cache.key(["a", "b"], "s", "gate", "t"), cache.key(["a", "b"], "s", "held_out", "u"),
               ScoreCache(cache.folder, "cuda").key(["a", "b"], "s", "held_out", "t")]  # fmt: skip
-    assert len({key, *others}) == 6
+    for owner, name in ((score_cache, "ARITHMETIC"), (torch, "__version__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, "another")
+            others.append(cache.key(["a", "b"], "s", "held_out", "t"))
+    assert len({key, *others}) == 8

@@ -3,6 +3,7 @@ bootstrap, and calibration is measured and repaired as defined."""
 
 from itertools import product
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +52,30 @@ def test_the_bootstrap_interval_is_that_of_resampled_pairs() -> None:
     assert abs(low - float(drawn.quantile(0.025))) < 0.01
     assert abs(high - float(drawn.quantile(0.975))) < 0.01
     assert bootstrap(before, before) == (0.0, 0.0)
+
+
+def test_the_bootstrap_interval_leaves_a_fortieth_of_all_resamples_on_either_side() -> None:
+    """The oracle: the distribution of the gain of a resample, as the n-fold convolution of that of one sample."""
+    before, after = torch.tensor([True] * 700 + [False] * 300), torch.tensor([True] * 600 + [False] * 200 + [True] * 200)
+    sums = np.array([1.0])
+    for _ in range(1000):
+        sums = np.convolve(sums, [0.1, 0.7, 0.2])  # 100 of 1,000 lost, 200 won
+    gains, below = np.arange(-1000, 1001) / 1000, np.cumsum(sums)
+    low, high = (float(np.interp(end, gains, below)) for end in bootstrap(before, after))
+    assert abs(low - 0.025) < 0.004
+    assert abs(high - 0.975) < 0.004
+
+
+@given(seed=st.integers(0, 10**6), samples=st.integers(1, 60), loud=st.floats(0.1, 8))
+def test_calibration_error_is_the_gap_of_fifteen_bins_of_confidence(seed: int, samples: int, loud: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    logits, labels = loud * torch.randn(samples, 4, generator=rng), torch.randint(4, (samples,), generator=rng)
+    sure, answers = (one.tolist() for one in logits.double().softmax(1).max(1))
+    bins = [[(one, answer == label) for one, answer, label in zip(sure, answers, labels.tolist(), strict=True)
+             if place / 15 <= one < (place + 1) / 15 or (one == 1 and place == 14)] for place in range(15)]  # fmt: skip
+    gaps = [abs(sum(one for one, _ in inside) - sum(hit for _, hit in inside)) for inside in bins]
+    assert sum(map(len, bins)) == samples
+    assert abs(calibration_error(logits, labels) - sum(gaps) / samples) < 1e-9
 
 
 def test_calibration_error_of_a_known_case_and_its_repair() -> None:
