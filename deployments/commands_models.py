@@ -89,8 +89,9 @@ def prune(
     """Say which stored weights nothing needs any more, and with --apply delete them.
 
     Kept: the soup of every registered version, the ingredients of every version with an alias (champion, challenger, previous), the best
-    trials of every sweep, everything of a sweep that runs or is not cooked and registered yet and what it may borrow, everything young, and
-    the inits. A version whose ingredients go is named: it serves as before, and can no longer be rebuilt.
+    trials of every sweep, everything of a sweep that runs or is not cooked and registered yet and what it may borrow, what may be needed
+    by a sweep with a record that cannot be read, everything young, and the inits. A version whose ingredients go is named: it serves as
+    before, and can no longer be rebuilt.
     """
     from stockpot.ledger import connection
     from stockpot.release import pruning
@@ -103,12 +104,14 @@ def prune(
     what, free, how = ("Deleted", "freed", "") if apply else ("Would delete", "free", "; add --apply to do it" if plan.removable else "")
     no_longer = "can no longer" if apply else "could then no longer"
     lines += [f"{version} {no_longer} be rebuilt from its ingredients; it serves as before." for version in plan.forgets]
+    lines += [f"Kept: what may be needed by {plan.unread}"] if plan.unread else []
     _tell(
         {
             "applied": apply,
             "bytes": plan.size,
             "stored": plan.stored,
             "forgets": plan.forgets,
+            "unread": plan.unread,
             "removable": [one.model_dump() for one in plan.removable],
         },
         "\n".join([*lines, f"{what} {len(plan.removable)} of {model}'s {plan.stored} stored weights and {free} {plan.size:,} bytes{how}."]),

@@ -58,6 +58,7 @@ class SweepSummary(Closed):
     status: str = Field(description="As MLflow says it: RUNNING, FINISHED, FAILED or KILLED.")
     trials: int = Field(description="Planned.")
     finished: int = Field(description="Counted when the sweep was closed; 0 before.")
+    init: str = Field("", description="Digest of its init; empty where none was recorded.")
     started: str = Field(description="ISO 8601, UTC.")
 
 
@@ -265,7 +266,9 @@ class VersionSummary(Closed):
     sweep_id: str
     recipe: str
     ingredients: tuple[str, ...] = Field(description="Ids of what was averaged, in the order it was added.")
-    scores: Scores | None = Field(description="None for a version registered before they were kept with it.")
+    scores: Scores | None = Field(
+        description="None for a version registered before they were kept with it, or by rules of another Stockpot."
+    )
     registered: str = Field(description="ISO 8601, UTC.")
 
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from stockpot.config import Init, SoupSpec, Sweep
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import asking, search_experiments, search_runs
-from stockpot.outcomes import Ingredient
+from stockpot.ledger.records import Unread, readable
+from stockpot.outcomes import Ingredient, SweepSummary
 
 
 class Loan(NamedTuple):
@@ -27,23 +28,31 @@ class Loan(NamedTuple):
         return None
 
 
-def find_loans(soup: SoupSpec, init: Init) -> dict[str, list[Loan]]:
-    """Every model that the recipe borrows of, to the best so many of its ingredients on their own held_out, those with this body first."""
-    return {model: _offers(model, init.body)[:most] for model, most in sorted(soup.bodies_of.items())}
+def find_loans(soup: SoupSpec, init: Init, unread: Unread) -> dict[str, list[Loan]]:
+    """Every model that the recipe borrows of, to the best so many of its ingredients on their own held_out, those with this body first.
+
+    unread: told of each sweep with a record that cannot be read; none of it is lent.
+    """
+    return {model: _offers(model, init.body, unread)[:most] for model, most in sorted(soup.bodies_of.items())}
 
 
-def find_borrowers(model: str) -> list[Sweep]:
-    """Sweeps of other models that name this one to borrow of."""
+def find_borrowers(model: str, unread: Unread) -> list[Sweep]:
+    """Sweeps of other models that name this one to borrow of. unread: told of each that cannot be read."""
     with asking():
         everywhere = [one.experiment_id for one in search_experiments()]
         condition = f"tags.`stockpot.kind` = 'sweep' and tags.`stockpot.lender.{model}` LIKE '%'"
         runs = search_runs(everywhere, condition, "attributes.start_time")
-    return [tracking.sweep_on(run.info.run_id) for run in runs]
+    return [sweep for _, sweep in readable(runs, lambda run: tracking.sweep_on(run.info.run_id), unread)]
 
 
-def _offers(model: str, body: str) -> list[Loan]:
-    sweeps = [tracking.sweep_on(one.mlflow_run_id) for one in tracking.list_sweeps(model)]
-    offers = {one.trial_id: Loan(one, sweep) for sweep in sweeps for one in tracking.find_ingredients(sweep)}
+def _offers(model: str, body: str, unread: Unread) -> list[Loan]:
+    lent = readable(tracking.list_sweeps(model), _lent_by, unread)
+    offers = {loan.ingredient.trial_id: loan for _, loans in lent for loan in loans}
     return sorted(
         offers.values(), key=lambda loan: (loan.sweep.init.body != body, -loan.ingredient.held_out.value, loan.ingredient.trial_id)
     )
+
+
+def _lent_by(summary: SweepSummary) -> list[Loan]:
+    sweep = tracking.sweep_on(summary.mlflow_run_id)
+    return [Loan(one, sweep) for one in tracking.find_ingredients(sweep)]

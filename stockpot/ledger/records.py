@@ -1,13 +1,18 @@
 """What the ledger keeps as JSON, read back, perhaps by a Stockpot whose rules are no longer those of the one that wrote it."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from stockpot.errors import RecordUnreadable
+from stockpot.errors import RecordUnreadable, counted
 from stockpot.fields import Closed
 
 Kind = TypeVar("Kind", bound=Closed)
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+Unread = Callable[[RecordUnreadable], None]
+"""Told of a record that cannot be read, and is passed over unless this raises."""
 
 
 def parsed(kind: type[Kind], text: str | bytes, what: str) -> Kind:
@@ -21,3 +26,22 @@ def parsed(kind: type[Kind], text: str | bytes, what: str) -> Kind:
             f"{what} is not as this Stockpot writes it (`{place}`: {first['msg']}); read it with the one that wrote it, or delete it and "
             "make it anew."
         ) from error
+
+
+def insist(error: RecordUnreadable) -> None:
+    """Pass over nothing."""
+    raise error
+
+
+def readable(given: Iterable[Given], read: Callable[[Given], Result], unread: Unread) -> Iterator[tuple[Given, Result]]:
+    """Each of them with what `read` makes of it, but for those whose record cannot be read."""
+    for one in given:
+        try:
+            yield one, read(one)
+        except RecordUnreadable as error:
+            unread(error)
+
+
+def listed(unread: Sequence[RecordUnreadable]) -> str:
+    """How many records cannot be read, and the first of them, as it says itself."""
+    return f"{counted(len(unread), 'record')} that cannot be read. First: {unread[0]}"

@@ -21,7 +21,7 @@ from stockpot.digests import file_digest
 from stockpot.errors import RegistryError
 from stockpot.ledger import packaging
 from stockpot.ledger.connection import address, asking, client, experiment, is_gone, quoted, search_models, search_versions
-from stockpot.ledger.records import parsed
+from stockpot.ledger.records import Kind
 from stockpot.outcomes import GateDecision, ModelVersion, Scores, VersionSummary, soup_id
 
 ALIASES = ("champion", "challenger", "previous")
@@ -123,9 +123,7 @@ def list_versions(model: str | None = None) -> list[VersionSummary]:
             sweep_id=one.tags.get("stockpot.sweep", ""),
             recipe=one.tags.get("stockpot.recipe", ""),
             ingredients=tuple(filter(None, one.tags.get("stockpot.ingredients", "").split(","))),
-            scores=parsed(Scores, told, f"The tag `stockpot.scores` of {one.name}/{one.version}")
-            if (told := one.tags.get("stockpot.scores"))
-            else None,
+            scores=_read_or_none(Scores, one.tags.get("stockpot.scores")),
             registered=datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )
         for one in sorted(found, key=lambda one: (str(one.name), -int(one.version)))
@@ -166,6 +164,13 @@ def no_version(model: str, alias: str) -> RegistryError:
     else:
         then = "there is no other to take; a retraining on new data, or with another sweep, registers the next"
     return RegistryError(f"{model} has no {alias}, but versions {told}; {then}.")
+
+
+def _read_or_none(kind: type[Kind], text: str | None) -> Kind | None:
+    try:
+        return kind.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
 
 
 def _no_files(model: str, number: int) -> RegistryError:
@@ -248,11 +253,7 @@ def read_tags(version: ModelVersion) -> dict[str, str]:
 
 def read_decision(version: ModelVersion) -> GateDecision | None:
     """What the gate decided about a version; None when it has not been judged, or by a gate of an earlier Stockpot."""
-    text = read_tags(version).get("stockpot.decision")
-    try:
-        return GateDecision.model_validate_json(text) if text else None
-    except ValidationError:
-        return None
+    return _read_or_none(GateDecision, read_tags(version).get("stockpot.decision"))
 
 
 def load(name: str) -> Any:

@@ -31,6 +31,8 @@ class Stored(NamedTuple):
     """When its upload began, UTC."""
     whole: bool
     """Whether all of it was stored and none deleted."""
+    init: str = ""
+    """Digest of the init an ingredient started from; empty for a soup."""
 
     @property
     def ingredient_id(self) -> str:
@@ -79,4 +81,6 @@ def _stored(found: LoggedModel) -> Stored | None:
     kind: Kind = "soup" if "stockpot.soup_sha256" in found.tags else "ingredient"
     about = found.tags.get("stockpot.soup_sha256") or found.tags.get("stockpot.trial")
     made = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
-    return Stored(found.model_id, kind, about, made, COMMITTED_BY[kind] in found.tags) if about else None
+    return (
+        Stored(found.model_id, kind, about, made, COMMITTED_BY[kind] in found.tags, found.tags.get("stockpot.init", "")) if about else None
+    )

@@ -7,7 +7,7 @@ exists once its LoggedModel is READY and carries the tag `stockpot.ingredient`: 
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +40,7 @@ from stockpot.ledger.connection import (
     sweep_run,
 )
 from stockpot.ledger.limits import RUN_TAG, shortened
-from stockpot.ledger.records import parsed
+from stockpot.ledger.records import Unread, insist, parsed, readable
 from stockpot.ledger.standing import stand_finished
 from stockpot.outcomes import Enough, Ingredient, SoupReport, SweepSummary
 
@@ -126,6 +126,7 @@ def list_sweeps(model: str | None = None) -> list[SweepSummary]:
             status=run.info.status,
             trials=int(run.data.tags.get("stockpot.trials", 0)),
             finished=int(run.data.metrics.get("sweep/finished", 0)),
+            init=run.data.tags.get("stockpot.init", ""),
             started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
         )
         for run in runs
@@ -146,31 +147,33 @@ def find_ingredient(model: str, trial_id: str) -> Ingredient | None:
         return next(iter(_ingredients(model, f"tags.`stockpot.trial` = '{trial_id}'")), None)
 
 
-def ingredients_of(model: str, init_digest: str) -> dict[str, Ingredient]:
-    """Every ingredient of a model's sweeps from one init, by its id."""
+def ingredients_of(model: str, init_digest: str, names: Collection[str]) -> dict[str, Ingredient]:
+    """Those of a model's ingredients from one init that are named, by id. One listing, however many; no record of another is read."""
     with asking():
-        return {one.trial_id: one for one in reversed(_ingredients(model, f"tags.`stockpot.init` = '{init_digest}'"))}
+        listed = search_models(model, f"tags.`stockpot.init` = '{init_digest}'")
+    found = [one for one in reversed(listed) if "stockpot.ingredient" in one.tags and one.tags["stockpot.trial"] in names]
+    return {one.trial_id: one for one in map(_ingredient, found)}
 
 
 def find_ingredients(sweep: Sweep) -> list[Ingredient]:
     """The ingredients of a sweep's finished trials, moving averages after each, in the sweep's order, each with its place in this sweep."""
-    known = ingredients_of(sweep.request.model, sweep.init.digest)
+    known = ingredients_of(sweep.request.model, sweep.init.digest, {name for trial in sweep.trials for name in trial.ingredient_ids})
     finished = [trial for trial in sweep.trials if trial.id in known]  # a trial's own ingredient is recorded last
     return [known[name].model_copy(update={"index": trial.index}) for trial in finished for name in trial.ingredient_ids if name in known]
 
 
-def find_earlier(sweep: Sweep, most: int) -> list[tuple[Ingredient, str]]:
-    """Ingredients of other sweeps of the same model from the same init, the best on their own held_out first, each with its sweep's id."""
+def find_earlier(sweep: Sweep, most: int, unread: Unread = insist) -> list[tuple[Ingredient, str]]:
+    """Ingredients of other sweeps of the same model from the same init, the best on their own held_out first, each with its sweep's id.
+
+    unread: told of each whose record cannot be read.
+    """
     if not most:
         return []
     own = {name for trial in sweep.trials for name in trial.ingredient_ids}
     with asking():
         models = search_models(sweep.request.model, f"tags.`stockpot.init` = '{sweep.init.digest}'")
-    found = {
-        one.trial_id: (one, model.tags["stockpot.sweep"])
-        for model in models
-        if "stockpot.ingredient" in model.tags and (one := _ingredient(model)).trial_id not in own
-    }
+    others = [one for one in models if "stockpot.ingredient" in one.tags and one.tags["stockpot.trial"] not in own]
+    found = {one.trial_id: (one, model.tags["stockpot.sweep"]) for model, one in readable(others, _ingredient, unread)}
     return sorted(found.values(), key=lambda pair: (-pair[0].held_out.value, pair[0].trial_id))[:most]
 
 

@@ -13,10 +13,11 @@ from stockpot.checkpoints import load_weights
 from stockpot.config import Init, SoupSpec, Sweep
 from stockpot.data.shards import transform_digest
 from stockpot.data.snapshots import open_snapshot, shared_samples
-from stockpot.errors import BadRequest, DataError, IngredientMismatch, ModelError
+from stockpot.errors import BadRequest, DataError, IngredientMismatch, ModelError, RecordUnreadable
 from stockpot.evaluation import accuracy
 from stockpot.ledger import tracking
 from stockpot.ledger.lending import Loan, find_loans
+from stockpot.ledger.records import Unread, insist, listed
 from stockpot.models.bodies import under_another_head
 from stockpot.models.classifier import ModelConfig
 from stockpot.models.folders import read_model, write_model
@@ -30,21 +31,23 @@ from stockpot.soup.soupability import Candidate, Pool, open_init, open_model
 
 def require_lenders(soup: SoupSpec, init: Init) -> None:
     """Raises `BadRequest` for a model to borrow bodies of that has no finished trial, or none that fits."""
-    for model, loans in find_loans(soup, init).items():
+    unread: list[RecordUnreadable] = []
+    for model, loans in find_loans(soup, init, unread.append).items():
         if not loans:
             known = sorted({one.model for one in tracking.list_sweeps() if one.finished})
-            raise BadRequest(f"`soup.bodies_of` names {model}, and the ledger has no finished trial of it; {nearest(model, known)}")
+            passed = f" Passed over: {listed(unread)}" if unread else ""
+            raise BadRequest(f"`soup.bodies_of` names {model}, and the ledger has no finished trial of it; {nearest(model, known)}{passed}")
         here = transform_digest(ModelConfig.model_validate_json(storage.read_bytes(f"{init.uri}/model.json")).preprocess)
         if all(reasons := [loan.unfit(init, here) for loan in loans]):
             raise BadRequest(f"`soup.bodies_of` names {model}, and none of its ingredients fits. {reasons[0]}")
 
 
-def with_loans(pool: Pool, kitchen: Kitchen, sweep: Sweep, folder: Path) -> Pool:
+def with_loans(pool: Pool, kitchen: Kitchen, sweep: Sweep, folder: Path, unread: Unread = insist) -> Pool:
     """The pool with the bodies that the request borrows, each under this init's head, or the reason why it is not.
 
-    folder: where their files are put.
+    folder: where their files are put. unread: told of each sweep of theirs whose records cannot be read.
     """
-    loans = [(model, loan) for model, offers in find_loans(sweep.request.soup, sweep.init).items() for loan in offers]
+    loans = [(model, loan) for model, offers in find_loans(sweep.request.soup, sweep.init, unread).items() for loan in offers]
     with ExitStack() as opened:
         for model, loan in loans:
             name = loan.ingredient.trial_id

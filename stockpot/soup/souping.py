@@ -19,8 +19,10 @@ from stockpot.checkpoints import save_weights
 from stockpot.config import Sweep
 from stockpot.data.node_cache import cache_root, locked
 from stockpot.digests import canonical
+from stockpot.errors import RecordUnreadable
 from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
+from stockpot.ledger.records import listed
 from stockpot.outcomes import Accuracy, ClassChange, GreedyStep, Ingredient, MarginalPoint, Scores, SoupReport, TrialPoint
 from stockpot.soup import card, joining, marginal, page, picture, table
 from stockpot.soup.basins import strangers
@@ -63,7 +65,8 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | 
 def _gathered(sweep: Sweep, ingredients: list[Ingredient], folder: Path, say: Say) -> SoupReport:
     """Everything that may join is fetched and examined, then cooked."""
     began = time.monotonic()
-    earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier)
+    unread: list[RecordUnreadable] = []
+    earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier, unread.append)
     origins = {one.trial_id: origin for one, origin in earlier}
     everything, minimum = [*ingredients, *[one for one, _ in earlier]], sweep.request.soup.minimum
     pool = gather(everything, sweep.init, folder / "ingredients", origins=origins, minimum=minimum)
@@ -72,13 +75,15 @@ def _gathered(sweep: Sweep, ingredients: list[Ingredient], folder: Path, say: Sa
         kitchen.pool = pool = joining.rescored(pool, kitchen, sweep)
         if sweep.request.soup.champion:
             kitchen.pool = pool = joining.with_champion(pool, kitchen, sweep, folder / "champion")
-        kitchen.pool = pool = with_loans(pool, kitchen, sweep, folder / "loans")
+        kitchen.pool = pool = with_loans(pool, kitchen, sweep, folder / "loans", unread.append)
         kitchen.pool = pool = _trusted(pool, kitchen)
         for trial in pool.candidates if kitchen.settling else ():
             kitchen.pool = pool = kitchen.rescored(pool, trial)
         kitchen.pool = pool = pool.measured(kitchen.metric, kitchen.splits["held_out"].labels)
         if (barrier := sweep.request.soup.barrier) is not None:
             kitchen.pool = pool = pool.without(strangers(kitchen, barrier))
+        if unread:
+            say(f"left out of what may join: {listed(unread)}")
         for trial, reason in kitchen.pool.excluded.items():
             say(f"left out {trial}: {reason}")
         return _cook(sweep, kitchen, folder, began, say)

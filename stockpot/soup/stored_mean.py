@@ -39,7 +39,7 @@ def is_plain_mean(report: SoupReport) -> bool:
 
 def sources(report: SoupReport) -> dict[str, Source]:
     """Where a soup's ingredients lie, as far as the ledger still has them. One listing, however many they are, but for borrowed ones."""
-    known, champion = tracking.ingredients_of(report.model, report.init_digest), report.champion
+    known, champion = tracking.ingredients_of(report.model, report.init_digest, report.ingredients), report.champion
     found = {
         trial: Source(trial, known[trial].weights_sha256, partial(tracking.fetch_ingredient, known[trial]))
         for trial in report.ingredients
