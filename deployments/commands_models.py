@@ -1,5 +1,5 @@
 """`stockpot models`, `explain`, `reproduce`, `promote`, `rollback`, `prune`: registered versions listed, told, rebuilt, crowned, and what
-nothing needs."""
+nothing needs. Each asks for the server before it imports torch, which takes longer."""
 
 import json
 from typing import Annotated, Any
@@ -31,9 +31,10 @@ def models(
 def explain(model: Name, as_json: AsJson = False) -> None:
     """Tell where a version comes from: ingredients, decisions, the gate's verdict, and who was champion before."""
     from stockpot.ledger import connection
-    from stockpot.release import explaining
 
     connection.check_server()
+    from stockpot.release import explaining
+
     story = explaining.look_up(model)
     _tell(story.model_dump(mode="json"), explaining.tell(story), as_json)
 
@@ -42,9 +43,10 @@ def explain(model: Name, as_json: AsJson = False) -> None:
 def reproduce(model: Name, as_json: AsJson = False) -> None:
     """Average a version's ingredients again and compare the result with the registered weights, and every file with its recorded sha256."""
     from stockpot.ledger import connection
-    from stockpot.release import explaining
 
     connection.check_server()
+    from stockpot.release import explaining
+
     version, how = explaining.reproduce(model)
     told = f"{version.model} version {version.version} is reproduced: {version.soup_sha256}. {how}"
     _tell({**version.model_dump(mode="json"), "compared": how}, told, as_json)
@@ -59,9 +61,10 @@ def promote(
     """Make a version champion by hand; the champion so far becomes `previous`, where `rollback` finds it."""
     from deployments.tables import version_line
     from stockpot.ledger import connection
-    from stockpot.release import releasing
 
     connection.check_server()
+    from stockpot.release import releasing
+
     now = releasing.promote(model, version)
     _tell(now.model_dump(mode="json"), version_line(now), as_json)
 
@@ -71,9 +74,10 @@ def rollback(model: Annotated[str, typer.Argument(help="The registered model.")]
     """Make the previous champion champion again. A second rollback takes it back."""
     from deployments.tables import version_line
     from stockpot.ledger import connection
-    from stockpot.release import releasing
 
     connection.check_server()
+    from stockpot.release import releasing
+
     now = releasing.rollback(model)
     _tell(now.model_dump(mode="json"), version_line(now), as_json)
 
@@ -94,9 +98,10 @@ def prune(
     before, and can no longer be rebuilt.
     """
     from stockpot.ledger import connection
-    from stockpot.release import pruning
 
     connection.check_server()
+    from stockpot.release import pruning
+
     plan = pruning.plan_removal(model, keep_top, min_age_h)
     if apply:
         pruning.remove(plan)

@@ -133,7 +133,7 @@ def _live(console: Any) -> Iterator[Any]:
 
 def _plain() -> Any:
     """One line per change of state, with its time; where a trial ended, with how many of those started have finished. What a child said at
-    its end its parent does not say again."""
+    its end its parent does not say again; why the run failed is what `watch_to_end` raises."""
     seen: dict[UUID, str] = {}
     told: list[str] = []
 
@@ -148,7 +148,7 @@ def _plain() -> Any:
             ended = one.state.is_final()
             said = (one.state.message or "") if ended else ""
             if one is run:
-                said = _less(said, told)
+                said = _less(said, told) if one.state.is_completed() else ""
             told.append(said)
             behind = (count if ended and one in trials else "") + (f" ({said})" if said else "")
             print(f"{time.strftime('%H:%M:%S')} {one.name}: {one.state.name}{behind}", flush=True)

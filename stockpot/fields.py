@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-ADDRESS = r"^(s3|file)://[^\s]+$|^/[^\s]*$"
+ADDRESS = r"^s3://[^\s/][^\s]*$|^file://[^\s]+$|^/[^\s]*$"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Uri = Annotated[str, Field(pattern=ADDRESS)]
 Metric = Literal["accuracy", "macro_f1", "mcc"]

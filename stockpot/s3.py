@@ -128,7 +128,8 @@ def remove(uri: str) -> None:
 
 
 def check(uri: str, missing: str | None = None, timeout_s: float = 4.0) -> None:
-    """Within five seconds: does the endpoint answer, are the credentials accepted, is there a bucket, and anything under the prefix?
+    """Does the endpoint answer, are the credentials accepted, is there a bucket, and anything under the prefix? The store has `timeout_s`
+    to say so, once this process has a client.
 
     `missing` as in `storage.check`.
     """

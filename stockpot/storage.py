@@ -62,8 +62,8 @@ class Fetched(NamedTuple):
 
 
 def address(text: str) -> str:
-    """What a person wrote, as an address: a path becomes an absolute one. Raises `StorageError` for `s3:/x`, `S3://x`, `gs://x`."""
-    if text.startswith(("s3://", "file://")):
+    """What a person wrote, as an address: a path becomes an absolute one. Raises `StorageError` for `s3:/x`, `s3:///x`, `gs://x`."""
+    if _remote(text) or text.startswith("file://"):
         return text
     if SCHEME.match(text):
         raise _no_address(text)
@@ -219,7 +219,8 @@ def remove(uri: str) -> None:
 
 
 def check(uri: str, missing: str | None = "check the address, or publish the dataset there first") -> None:
-    """Within five seconds, before anything costly starts: is the store there, may this process read it, is anything under the prefix?
+    """Before anything costly starts: is the store there, may this process read it, is anything under the prefix? A store that is away costs
+    seconds (`s3.check`).
 
     `missing`: what to do next where nothing is; None: nothing need be there yet.
     """
@@ -268,7 +269,7 @@ def _etag(stat: os.stat_result) -> str:
 
 
 def _remote(uri: str) -> bool:
-    return uri.startswith("s3://")
+    return uri.startswith("s3://") and uri[5:6] not in ("", "/")  # a bucket, or it is no address
 
 
 def _local(uri: str) -> Path:
@@ -280,7 +281,8 @@ def _local(uri: str) -> Path:
 
 def _no_address(text: str) -> StorageError:
     found = SCHEME.match(text)
-    meant = f" (did you mean {'file:///' if found[1].lower() == 'file' else 's3://'}{text[found.end() :]}?)" if found else ""
+    rest = text[found.end() :] if found else ""
+    meant = f" (did you mean {'file:///' if found[1].lower() == 'file' else 's3://'}{rest}?)" if found and rest else ""
     return StorageError(f"{text!r} is no address{meant}; write s3://bucket/key, file:///path or an absolute path.")
 
 

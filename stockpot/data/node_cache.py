@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 STANDSTILL_S = 120
 """Longest wait for another process whose fetch comes no further: its own deadlines are far shorter, so it is stopped or hangs."""
+
+TELL_EVERY_S = 60.0
+"""So often it is said for what another process is waited."""
 
 SPARE_BYTES = 512 * 2**20
 """Left free on the disk."""
@@ -141,8 +145,8 @@ class NodeCache:
 def locked(path: Path, say: Callable[[str], None] = logger.warning, progress: Callable[[], int] | None = None) -> Iterator[TextIO]:
     """Hold the exclusive lock of a file; the kernel releases it however the process ends. Yields the file, to read and write.
 
-    say: told, once, that another process has it and is waited for. progress: the bytes that process has got; raises `Interrupted` where
-    they stay the same for `STANDSTILL_S`. None: whoever holds it is waited for as long as it takes.
+    say: told that another process has it and is waited for, and so again every `TELL_EVERY_S`. progress: the bytes that process has got;
+    raises `Interrupted` where they stay the same for `STANDSTILL_S`. None: whoever holds it is waited for as long as it takes.
     """
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,27 +155,40 @@ def locked(path: Path, say: Callable[[str], None] = logger.warning, progress: Ca
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"Another process on this node holds {path}; waiting until it is done.")
-            _wait(file, path, progress)
+            say(f"{_holder(file)} holds {path}; waiting until it is done.")
+            _wait(file, path, say, progress)
         yield file
 
 
-def _wait(file: TextIO, path: Path, progress: Callable[[], int] | None) -> None:
-    if progress is None:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return None
-    seen, since = progress(), time.monotonic()
+def _wait(file: TextIO, path: Path, say: Callable[[str], None], progress: Callable[[], int] | None) -> None:
+    began = told = since = time.monotonic()
+    seen = progress() if progress else 0
     while True:
         with suppress(BlockingIOError):
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(0.05)
-        if time.monotonic() - since > STANDSTILL_S:
-            before, seen, since = seen, progress(), time.monotonic()
+        now = time.monotonic()
+        if now - told > TELL_EVERY_S:
+            told = now
+            say(f"{_holder(file)} still holds {path}, waited for since {now - began:.0f} s; if it is stopped or hangs, end it.")
+        if progress and now - since > STANDSTILL_S:
+            before, seen, since = seen, progress(), now
             if seen == before:
                 raise Interrupted(
-                    f"Another process on this node holds {path} and has got no further than {seen:,} bytes for {STANDSTILL_S} s: it is "
-                    "stopped or hangs. Let it go on, or end it, then start again."
+                    f"{_holder(file)} holds {path} and has got no further than {seen:,} bytes for {STANDSTILL_S} s: it is stopped or "
+                    "hangs. Let it go on, or end it, then start again."
                 )
+
+
+def _holder(file: TextIO) -> str:
+    """Which process has the lock and what it does, as far as Linux tells."""
+    found = os.fstat(file.fileno())
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with suppress(OSError):
+        if held := re.search(rf"^\d+: FLOCK +ADVISORY +WRITE +(\d+) {place} ", Path("/proc/locks").read_text(), re.MULTILINE):
+            state = re.search(r"^State:.*\((.*)\)", Path(f"/proc/{held[1]}/status").read_text(), re.MULTILINE)
+            return f"Another process on this node (pid {held[1]}{f', {state[1]}' if state else ''})"
+    return "Another process on this node"
 
 
 WAYS_OUT = {

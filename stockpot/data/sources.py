@@ -78,7 +78,12 @@ class ClassFolders:
         """Sentences on the files that are no sample."""
         taken = {item.uri for item in self._files}
         rest = [item.uri for item in self._listed if item.uri not in taken]
-        return [f"left out as no samples in class folders: {counted(len(rest), 'file')}, such as {', '.join(rest[:3])}"] if rest else []
+        told = [f"left out as no samples in class folders: {counted(len(rest), 'file')}, such as {', '.join(rest[:3])}"] if rest else []
+        names = f"{self.uri.rstrip('/')}/classes.txt"
+        if names in rest and not self.named and {*_lines(names, "replace")} & {*self.classes}:
+            order = "labels are in the order of the folders' names"
+            told.append(f"{names} names classes and was not read: {order}, or with --classes {names} in its own")
+        return told
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -178,13 +183,17 @@ def list_shards(uri: str) -> list[StoredObject]:
 def read_classes(uri: str) -> tuple[str, ...]:
     """Class names from a text file, one a line, the first is label 0."""
     try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
+        names = _lines(uri)
     except UnicodeDecodeError as error:
         raise BadRequest(f"{uri} is no text in UTF-8 (byte {error.start}); write the class names in it, one a line.") from error
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(set(names)) != len(names) or not names:
         raise BadRequest(f"{uri} holds {len(names)} class names, {len(set(names))} of them different; write each once, one a line.")
     return names
+
+
+def _lines(uri: str, errors: str = "strict") -> tuple[str, ...]:
+    text = storage.read_bytes(uri).decode("utf-8-sig", errors)
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def safe_key(path: str) -> str:

@@ -37,10 +37,15 @@ def run(*words: object) -> Any:
 
 def test_a_folder_of_class_folders_becomes_a_snapshot_that_verifies(folders: Path, tmp_path: Path) -> None:
     (folders / "ant" / "notes.txt").write_text("no picture")
+    (folders / "classes.txt").write_text("bee\nant\ncat\n")
     answer = run("publish", folders, tmp_path / "data", *SPLITS, "--json")
     assert answer.exit_code == 0, answer.output
     document = json.loads(answer.stdout)
-    assert f"left out as no samples in class folders: 1 file, such as {folders}/ant/notes.txt" in document["warnings"]
+    order = "labels are in the order of the folders' names"
+    assert document["warnings"][:2] == [
+        f"left out as no samples in class folders: 2 files, such as {folders}/ant/notes.txt, {folders}/classes.txt",
+        f"{folders}/classes.txt names classes and was not read: {order}, or with --classes {folders}/classes.txt in its own",
+    ]
     assert document["splits"]["held_out"] == 20
     assert pin(str(tmp_path / "data")).digest == document["digest"]
     assert open_snapshot(pin(document["uri"])).classes == CLASSES

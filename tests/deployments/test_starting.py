@@ -9,7 +9,9 @@ import pytest
 from prefect.settings import PREFECT_UI_URL, temporary_settings
 from prefect.states import Completed, Failed, Running
 
-from deployments.starting import Started, _children, _plain
+from deployments import starting
+from deployments.starting import Started, _children, _plain, watch_to_end
+from stockpot.errors import StockpotError
 from tasks.dispatching import PAGE
 from tasks.policies import flow_run_page
 
@@ -56,3 +58,11 @@ def test_a_watcher_reads_how_far_it_is_and_every_sentence_once(capsys):
         "soup-c: Completed (Version 1 of photos: Promoted.)",
         "retrain-photos: Completed (0 of 2 trials were finished before.)",
     ]
+
+
+def test_why_a_run_failed_is_told_once_and_not_beside_its_state(capsys, monkeypatch):
+    failed = SimpleNamespace(id=RUN, name="retrain-photos", state=Failed(name="SnapshotMissing", message="There is no snapshot."))
+    monkeypatch.setattr(starting, "_states", lambda _: [(failed, [])])
+    with pytest.raises(StockpotError, match=r"^retrain-photos ended SnapshotMissing: There is no snapshot\. See flow run "):
+        watch_to_end(Started(RUN, "retrain-photos", None))
+    assert capsys.readouterr().out.splitlines()[0][9:] == "retrain-photos: SnapshotMissing"

@@ -207,7 +207,14 @@ def test_a_role_is_not_waited_for_where_nobody_gives_one(s3: ObjectStore, monkey
 
 @pytest.mark.parametrize(
     ("text", "meant"),
-    [("s3:/b/x", "s3://b/x"), ("s3:b", "s3://b"), ("S3://b", "s3://b"), ("gs://b", "s3://b"), ("file:/x", "file:///x")],
+    [
+        ("s3:/b/x", "s3://b/x"),
+        ("s3:///b/x", "s3://b/x"),
+        ("s3:b", "s3://b"),
+        ("S3://b", "s3://b"),
+        ("gs://b", "s3://b"),
+        ("file:/x", "file:///x"),
+    ],
 )
 def test_what_is_written_almost_as_an_address_is_refused(text: str, meant: str) -> None:
     for use in (storage.address, storage.read_bytes, storage.check):

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import pickle
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -284,17 +287,25 @@ def test_an_open_index_outlives_its_eviction_and_travels_without_its_rows(snapsh
     assert other.digest == snapshot.digest
 
 
-def test_who_waits_for_another_process_says_so_once(tmp_path: Path) -> None:
+def test_who_waits_for_another_process_says_which_one_and_says_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, said = tmp_path / "own.lock", list[str]()
 
     def take() -> None:
         with locked(path, said.append):
             pass
 
-    with ThreadPoolExecutor(1) as other:
-        with locked(path, said.append):
-            waiting = other.submit(take)
-            until(lambda: said)
-            assert not waiting.done()
+    monkeypatch.setattr(node_cache, "TELL_EVERY_S", 0.2)
+    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE) as holder, ThreadPoolExecutor(1) as other:
+        assert holder.stdout
+        holder.stdout.readline()
+        holder.send_signal(signal.SIGSTOP)
+        waiting = other.submit(take)
+        until(lambda: len(said) > 2)
+        assert not waiting.done()
+        holder.kill()
         waiting.result(PATIENCE_S)
-    assert said == [f"Another process on this node holds {path}; waiting until it is done."]
+    who = rf"Another process on this node \(pid {holder.pid}, stopped\)"
+    assert re.fullmatch(rf"{who} holds {path}; waiting until it is done\.", said[0])
+    again = rf"{who} still holds {path}, waited for since \d+ s; if it is stopped or hangs, end it\."
+    assert all(re.fullmatch(again, line) for line in said[1:3])
