@@ -107,8 +107,18 @@ def deploy() -> None:
 
 
 @app.command()
+def request() -> None:
+    """Print every field of a request with what it means, what may stand there and its default, as YAML to fill in."""
+    from deployments.fields import template
+
+    print(template())
+
+
+@app.command()
 def retrain(
-    request: Annotated[Path, typer.Argument(help="A request in YAML; `deployments/requests/` has ready-made ones.")],
+    request: Annotated[
+        Path, typer.Argument(help="A request in YAML: `stockpot request` prints every field, `deployments/requests/` has some.")
+    ],
     watch: Watch = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Look from here whether the servers and snapshots exist, first.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _instead(place: Sequence[Any]) -> str:
     """Which field may have been meant by one that there is not."""
     if place[-1] == "classes":
         return "the classes are those of the snapshot"
-    names = list(dict.fromkeys(name for one in _schemas(place[:-1]) for name in one.get("properties", ())))
+    names = list(dict.fromkeys(name for one in schemas(place[:-1]) for name in one.get("properties", ())))
     near = get_close_matches(str(place[-1]), names)
     told = [f"`{name}`" for name in near or names]
     return f"did you mean {' or '.join(told)}?" if near else f"there are {', '.join(told)}"
@@ -104,19 +105,24 @@ def _needed(error: Any, place: Sequence[Any]) -> str:
         case "too_short":
             return f"entries, {error['ctx']['min_length']} or more"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            told = {one[key]: f"{word} {one[key]}" for one in _schemas(place) for key, word in BOUNDS.items() if key in one}
+            told = {one[key]: f"{word} {one[key]}" for one in schemas(place) for key, word in BOUNDS.items() if key in one}
             return " and ".join(told.values())
     return FORMS.get(error["type"].split("_")[0], "")
 
 
-def _schemas(place: Sequence[Any]) -> list[dict[str, Any]]:
+def schemas(place: Sequence[Any]) -> list[dict[str, Any]]:
     """What the request's JSON schema says of the field at this place: once for each form that it may have."""
-    root = RetrainRequest.model_json_schema()
+    root = _schema()
     found = [root]
     for part in place:
         inner = [one.get("properties", {}).get(part) or one.get("additionalProperties") or one.get("items") or {} for one in found]
         found = [form for one in inner for form in _forms(one, root["$defs"])]
     return found
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return RetrainRequest.model_json_schema()
 
 
 def _forms(schema: dict[str, Any], nouns: dict[str, Any]) -> list[dict[str, Any]]:

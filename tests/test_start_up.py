@@ -28,6 +28,7 @@ def test_help_loads_nothing_heavy_and_names_every_command():
         "stack",
         "data",
         "deploy",
+        "request",
         "retrain",
         "soup",
         "status",
