@@ -7,14 +7,13 @@ and the others, which cannot go on without it, are ended; a rank that fails or v
 trial. Ranks meet over a file and talk over the loopback device (gloo) or between their GPUs (NCCL).
 """
 
-import logging
 import os
 import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,9 +25,6 @@ from typing import NamedTuple
 
 import torch
 from torch import distributed
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.errors import RankLost, StockpotError
@@ -56,7 +52,7 @@ class Word(NamedTuple):
     """What a rank says to the trial: metrics and lines while it works, one last word at its end."""
 
     kind: str
-    """`here`, `metrics`, `line`, or the last: `done`, `left` or `failed`."""
+    """`metrics`, `line`, or the last: `done`, `left` or `failed`."""
     about: object = None
     step: int = 0
 
@@ -71,64 +67,45 @@ def run_on_ranks(
     """Do the work in `world` processes at once and return what rank 0 made.
 
     folder: an empty one, for the meeting and the result. Raises the stated failure of a rank, `RankLost` for one that vanished or broke,
-    and `Preempted` when rank 0 saved its state and left.
+    and `Preempted` when rank 0 saved its state and left, or a rank was lost after all were told to leave.
     """
+    from stockpot.training.torchrun import Agent, RanksFailed
+
     context = get_context("spawn")
     leave = context.Event()
     lifeline, held = context.Pipe(duplex=False)
-    pipes = [context.Pipe(duplex=False) for _ in range(world)]
-    launch = elastic_launch(_one_node(world, folder), _run)
-    with _torchrun_silent(), ThreadPoolExecutor(1, "torchrun") as pool:
-        agent = pool.submit(launch, work, folder, leave, lifeline, [theirs for _, theirs in pipes])
-        ranks = _Ranks(pipes, log, say)
+    words, theirs = zip(*(context.Pipe(duplex=False) for _ in range(world)), strict=True)
+    agent = Agent(world, _run, (work, folder, leave, lifeline, list(theirs)))
+    ranks = _Ranks(words, log, say)
+    with ThreadPoolExecutor(1, "torchrun") as pool:
+        running = pool.submit(agent.run)
         try:
-            while not (agent.done() or ranks.decided()):
+            while not (running.done() or ranks.decided()):
                 if told_to_leave():
                     leave.set()
+                if agent.started():
+                    for one in theirs:
+                        one.close()  # the ranks have their own now, and are to be seen vanishing
                 ranks.listen(LOOK_EVERY_S)
             ranks.listen(0)
         finally:
-            held.close()  # ends every rank that is left
-    if error := agent.exception():
-        raise ranks.reason(error)
-    steps: dict[float, int] = agent.result()[0]
+            held.close()  # ends every rank that can still see it
+            agent.end()
+    if error := running.exception():
+        reason = ranks.reason(error, error.codes if isinstance(error, RanksFailed) else {})
+        if isinstance(reason, RankLost) and told_to_leave():
+            raise Preempted from reason  # the whole group was told, and one that had only begun was ended by it
+        raise reason
+    steps: dict[float, int] = running.result()[0]
     return {decay: Candidate(load_weights(folder / f"{decay!r}.safetensors"), step) for decay, step in steps.items()}
-
-
-def _one_node(world: int, folder: Path) -> LaunchConfig:
-    """What torchrun is asked for: these ranks on this machine, none started again (the next attempt of the trial is another's decision)."""
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        run_id=folder.name,
-        max_restarts=0,
-        rdzv_backend="c10d",
-        rdzv_endpoint=str(folder / "rendezvous"),
-        rdzv_configs={"store_type": "file"},  # no port is opened
-        local_addr="127.0.0.1",
-        logs_specs=DefaultLogsSpecs(str(folder / "torchrun")),
-    )
-
-
-@contextmanager
-def _torchrun_silent() -> Iterator[None]:
-    """Keep torchrun's tracebacks of its own waiting, and its word that it sets no signal handlers in a thread, out of the trial's log."""
-    names = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing.spawn")
-    before = {logging.getLogger(name): logging.getLogger(name).level for name in names}
-    for logger in before:
-        logger.setLevel(logging.CRITICAL)
-    yield
-    for logger, level in before.items():
-        logger.setLevel(level)
 
 
 class _Ranks:
     """What the trial hears from its ranks."""
 
-    def __init__(self, pipes: list[tuple[Connection, Connection]], log: Log, say: Callable[[str], None]) -> None:
-        self._pipes = dict(enumerate(pipes))
-        self._world = len(pipes)
+    def __init__(self, words: Sequence[Connection], log: Log, say: Callable[[str], None]) -> None:
+        self._words = dict(enumerate(words))
+        self._world = len(words)
         self._log, self._say = log, say
         self._last: dict[int, Word] = {}
         self._vanished: list[int] = []
@@ -136,22 +113,30 @@ class _Ranks:
 
     def listen(self, seconds: float) -> None:
         """Pass on what is said within that time."""
-        wait([words for words, _ in self._pipes.values()], seconds)
-        for rank, (words, theirs) in [*self._pipes.items()]:
-            try:
-                while words.poll():
-                    self._take(rank, words.recv(), theirs)
-            except (EOFError, OSError):  # the end of what it says, maybe in the middle of a word
-                del self._pipes[rank]
-                if rank not in self._last:
-                    self._vanished.append(rank)
+        wait(self._words.values(), seconds)
+        for rank, words in [*self._words.items()]:
+            for word in self._heard(rank, words):
+                self._take(rank, word)
         if self._trouble_since is None and (self._vanished or any(word.kind != "done" for word in self._last.values())):
             self._trouble_since = time.monotonic()
 
-    def _take(self, rank: int, word: Word, theirs: Connection) -> None:
+    def _heard(self, rank: int, words: Connection) -> Iterator[Word]:
+        """What a rank has said and nobody has taken yet."""
+        while True:
+            try:
+                if not words.poll():
+                    return
+                word = words.recv()
+            except (EOFError, OSError):  # the end of what it says, maybe in the middle of a word
+                words.close()
+                del self._words[rank]
+                if rank not in self._last:
+                    self._vanished.append(rank)
+                return
+            yield word
+
+    def _take(self, rank: int, word: Word) -> None:
         match word.kind:
-            case "here":
-                theirs.close()  # it has its own now, and is to be seen vanishing
             case "metrics":
                 self._log(word.about, word.step)  # type: ignore[arg-type]
             case "line":
@@ -165,10 +150,10 @@ class _Ranks:
             return True
         return self._trouble_since is not None and time.monotonic() > self._trouble_since + REASON_S
 
-    def reason(self, error: BaseException) -> BaseException:
+    def reason(self, error: BaseException, codes: dict[int, int]) -> BaseException:
         """Of all that went wrong at once, what was first: a stated failure, else a rank that vanished, else one that broke.
 
-        error: what torchrun says of it.
+        error: what torchrun's agent says of it. codes: the exit codes it saw first.
         """
         for word in self._last.values():
             if word.kind == "left":
@@ -179,7 +164,6 @@ class _Ranks:
         if broke and not self._vanished:
             rank, why = broke[0]
             return RankLost(f"Rank {rank} of {self._world} broke ({why}); all ranks were ended, and the trial's log has the traceback.")
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()} if isinstance(error, ChildFailedError) else {}
         for rank in (*self._vanished, *codes):
             ended = f"ended with exit code {codes[rank]}" if rank in codes else "vanished"
             return RankLost(f"Rank {rank} of {self._world} {ended}; all ranks were ended.")
@@ -196,7 +180,6 @@ def _run(work: Work, folder: Path, leave: Event, lifeline: Connection, pipes: li
     words = pipes.pop(rank)
     for other in pipes:
         other.close()
-    words.send(Word("here"))
 
     def log(metrics: dict[str, float], step: int) -> None:
         words.send(Word("metrics", metrics, step))
@@ -238,9 +221,11 @@ def _meeting(place: Place, folder: Path) -> Iterator[None]:
     on_gpu = place.device != "cpu"
     if on_gpu:
         torch.cuda.set_device(place.device)
+    store = distributed.FileStore(str(folder / "meeting"), place.world)  # type: ignore[attr-defined]
+    store.set_timeout(PATIENCE)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=f"file://{folder}/meeting",
+        store=store,
         rank=place.rank,
         world_size=place.world,
         timeout=PATIENCE,

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 
+from stockpot import storage
 from stockpot.checkpoints import load_weights, save_weights
 from stockpot.config import BaseSpec
 from stockpot.errors import ModelError
@@ -53,6 +54,16 @@ def test_a_classifier_sees_what_the_base_model_sees(own):
         texts = torch.stack([whole.encode_text(tokens([f"a photo of a {name}.", f"a {name}"]), normalize=True) for name in CLASSES])
         text = torch.nn.functional.normalize(texts.mean(1), dim=-1)
         assert torch.allclose(model(images), scale * seen @ text.T, atol=1e-4)
+
+
+def test_a_config_and_weights_may_lie_in_an_object_store(own, s3):
+    here = {name: Path(uri.removeprefix("file://")) for name, uri in (("arch", own.arch), ("weights", own.weights))}
+    there = {name: s3.uri(f"own/{path.name}") for name, path in here.items()}
+    for name, path in here.items():
+        storage.write_bytes(there[name], path.read_bytes())
+    base, same = load_base(BaseSpec(**there)), load_base(own)
+    assert (base.arch, base.preprocess) == (same.arch, same.preprocess)
+    assert all(torch.equal(tensor, same.tower[name]) for name, tensor in base.tower.items())
 
 
 def test_the_travelling_config_keeps_the_activation_and_the_preprocessing(own):

@@ -13,6 +13,7 @@ from stockpot.data.shards import pixels
 from stockpot.data.snapshots import open_snapshot
 from stockpot.errors import ModelError, ObjectMissing
 from stockpot.evaluation import accuracy, logits
+from stockpot.models.bases import load_base
 from stockpot.models.classifier import build
 from stockpot.models.loading import load_state
 from stockpot.training.inits import fetch, prepare
@@ -46,10 +47,18 @@ def test_preparing_again_finds_the_same_init(base, ground, node, tmp_path):
 
 def test_two_builders_agree_and_other_specs_differ(base, ground, node, tmp_path):
     snapshot = ground.data.snapshot
-    specs = [InitSpec(), InitSpec(head="zero_shot"), InitSpec(head="random", seed=1), InitSpec(head="random", seed=2)]
+    heads = [InitSpec(), InitSpec(head="zero_shot"), InitSpec(head="zero_shot", templates=("two {}s", "no {}"))]
+    specs = [*heads, InitSpec(head="random", seed=1), InitSpec(head="random", seed=2)]
     here, there = ([prepare(base, spec, snapshot, f"{tmp_path}/{store}").digest for spec in specs] for store in ("here", "there"))
     assert here == there
-    assert len(set(here)) == 4
+    assert len(set(here)) == 5
+
+
+def test_a_zero_shot_head_is_that_of_the_class_names_in_the_templates_asked_for(base, ground, node, tmp_path):
+    templates = ("two {}s", "no {}")
+    _, weights = fetch(prepare(base, InitSpec(head="zero_shot", templates=templates), ground.data.snapshot, f"{tmp_path}/store"))
+    assert torch.equal(weights["head.weight"], load_base(base).text.zero_shot_head(CLASSES, templates))
+    assert not weights["head.bias"].any()
 
 
 def test_without_its_marker_an_init_is_built_again(base, ground, node, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from stockpot.training.preemption import Preempted
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trials import run_trial
 from tests.stockpot.training.test_trials import CHILD, trial_of
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 SETTINGS = TrialSettings(
     epochs=2,
@@ -86,6 +87,10 @@ def fail(reason: str, place: Place, told_to_leave, log, say):
         os.kill(os.getpid(), signal.SIGKILL)
     if place.rank == 1 and reason == "exit":
         os._exit(3)
+    if reason == "gone":
+        os._exit(0)
+    if reason == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
     while not (place.rank == 0 and told_to_leave()):
         time.sleep(0.05)
     raise Preempted
@@ -99,24 +104,83 @@ def fail(reason: str, place: Place, told_to_leave, log, say):
         ("broken", RankLost, r"Rank 1 of 2 broke \(ZeroDivisionError: by nought"),
         ("exit", RankLost, "Rank 1 of 2 ended with exit code 3"),
         ("killed", RankLost, "Rank 1 of 2 ended with exit code -9"),
+        ("gone", RankLost, r"Rank \d of 2 vanished"),
         ("preempted", Preempted, ""),
     ],
 )
 def test_all_ranks_stop_together_with_the_reason(reason, error, said, tmp_path):
+    folder = tmp_path / "a folder #1?"
+    folder.mkdir()
     lines: list[str] = []
     logged: list[tuple[dict[str, float], int]] = []
+    listening: list[str] = []
+
+    def log(metrics, step):
+        logged.append((metrics, step))
+        for process in (psutil.Process(), *started()) if reason == "preempted" else ():
+            listening.extend(one.laddr.ip for one in process.net_connections() if one.status == psutil.CONN_LISTEN)
+
     with pytest.raises(error, match=said):
         run_on_ranks(
-            2,
-            partial(fail, reason),
-            tmp_path,
-            told_to_leave=lambda: reason == "preempted" and bool(lines),
-            log=lambda metrics, step: logged.append((metrics, step)),
-            say=lines.append,
+            2, partial(fail, reason), folder, told_to_leave=lambda: reason == "preempted" and bool(lines), log=log, say=lines.append
         )
     assert [line.split()[0] for line in lines] == ["pid"]  # only the first rank speaks
     assert logged == [({"seen": 1.0}, 3)]
-    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert set(listening) == ({"127.0.0.1"} if reason == "preempted" else set())  # nobody else can talk to them
+    assert [*tmp_path.iterdir()] == [folder]
+    assert not started()
+
+
+def started(trial: psutil.Process | None = None) -> list[psutil.Process]:
+    """The ranks of that process, or of this one."""
+    return [child for child in (trial or psutil.Process()).children() if is_rank(child)]
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # or it is a zombie
+        return False
+
+
+@pytest.mark.slow
+def test_an_error_of_who_listens_is_not_taken_for_a_ranks_and_ends_all(tmp_path):
+    def log(_metrics, _step):
+        raise ConnectionError("the ledger is away")
+
+    with pytest.raises(ConnectionError, match="the ledger is away"):
+        run_on_ranks(2, partial(fail, "none"), tmp_path, told_to_leave=lambda: False, log=log, say=quiet)
+    assert not started()
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C does to a trial."""
+
+
+@pytest.mark.slow
+def test_stopped_ranks_end_with_their_trial(tmp_path):
+    def told_to_leave():
+        ranks = started()
+        if len(ranks) == 2 and all(rank.status() == psutil.STATUS_STOPPED for rank in ranks):
+            raise Interrupted
+        return False
+
+    with pytest.raises(Interrupted):
+        run_on_ranks(2, partial(fail, "stopped"), tmp_path, told_to_leave=told_to_leave, log=lambda _metrics, _step: None, say=quiet)
+    assert not started()
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+def test_a_trial_that_ends_while_its_ranks_begin_waits_for_none(begun, tmp_path):
+    def told_to_leave():
+        if len(started()) >= begun:
+            raise Interrupted
+        return False
+
+    with pytest.raises(Interrupted):
+        run_on_ranks(2, partial(fail, "none"), tmp_path, told_to_leave=told_to_leave, log=lambda _metrics, _step: None, say=quiet)
+    assert not started()
+    assert not [*tmp_path.iterdir()]  # they had not met
 
 
 class Unwelcome:
@@ -127,6 +191,94 @@ class Unwelcome:
 
     def __call__(self, *_):
         raise AssertionError
+
+
+def test_a_signal_to_the_whole_group_while_its_ranks_begin_is_no_loss(tmp_path):
+    """Slurm and systemd tell every process. A rank ignores that, once it has begun."""
+
+    def told_to_leave():
+        ranks = started()
+        for rank in ranks if len(ranks) == 2 and not told else ():
+            rank.send_signal(signal.SIGTERM)
+            told.append(rank)
+        return bool(told)
+
+    told: list[psutil.Process] = []
+    with pytest.raises(Preempted):
+        run_on_ranks(2, partial(fail, "none"), tmp_path, told_to_leave=told_to_leave, log=lambda _metrics, _step: None, say=quiet)
+    assert not started()
+
+
+class DiesLoading:
+    """Work that ends the second rank to load it, as soon as the first one ignores SIGTERM. died: a file that is then there."""
+
+    def __init__(self, died: Path) -> None:
+        self.died = died
+
+    def __reduce__(self):
+        return die_loading, (self.died,)
+
+    def __call__(self, *_):
+        raise AssertionError
+
+
+def die_loading(died: Path):
+    first, second = sorted(started(psutil.Process().parent()), key=psutil.Process.create_time)
+    if second.pid == os.getpid():
+        until(lambda: ignores_sigterm(first))
+        died.touch()
+        os._exit(5)
+    return partial(fail, "none")
+
+
+def ignores_sigterm(process: psutil.Process) -> bool:
+    ignored = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    return bool(int(ignored.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_before_its_first_word_ends_the_others_at_once(tmp_path):
+    died = tmp_path / "died"
+    with pytest.raises(RankLost, match="Rank 1 of 2 ended with exit code 5"):
+        run_on_ranks(2, DiesLoading(died), tmp_path, told_to_leave=lambda: False, log=lambda _metrics, _step: None, say=quiet)
+    assert time.time() - died.stat().st_mtime < 20  # torch waits 30 s for who ignores SIGTERM
+    assert not started()
+
+
+KILLED = """
+from functools import partial
+from pathlib import Path
+import sys
+from stockpot.training.ranks import run_on_ranks
+from tests.stockpot.training.test_ranks import fail
+
+if __name__ == "__main__":
+    run_on_ranks(2, partial(fail, "none"), Path(sys.argv[1]), told_to_leave=lambda: False, log=lambda *_: None, say=print)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later_s", [0.0, 1.0, 3.0])
+def test_no_rank_outlives_a_trial_killed_while_they_begin(later_s, tmp_path):
+    trial = psutil.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    ranks = until(lambda: started(trial))
+    time.sleep(later_s)
+    ranks = started(trial)
+    trial.kill()
+    trial.wait()
+    assert not psutil.wait_procs(ranks, timeout=PATIENCE_S)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "kept"), [("info", False), ("", False), ("INFO", True)])
+def test_a_log_level_that_torchrun_does_not_know_stops_no_trial(level, kept):
+    """And one on one device does not even load torchrun, which takes its time."""
+    code = (
+        "import os, sys, stockpot.training.trials; assert 'torch.distributed.elastic' not in sys.modules; "
+        "import stockpot.training.torchrun; print('LOGLEVEL' in os.environ)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "LOGLEVEL": level})
+    assert done.stdout.strip() == str(kept)
 
 
 @pytest.mark.slow
