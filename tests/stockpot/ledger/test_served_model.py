@@ -173,6 +173,31 @@ def test_a_picture_too_large_is_refused_before_it_is_decoded(
         served[0].predict(None, [{"image": base64.b64encode(png(0, 0)).decode()}])
 
 
+def test_a_picture_of_exactly_the_size_that_is_taken_is_taken(
+    served: tuple[served_model.Soup, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = png(0, 0)  # 18 wide and 20 high
+    forms = [{"image": picture}, {"image": base64.b64encode(picture).decode()}]
+    for name, most in (("MAX_BYTES", len(picture)), ("MAX_PIXELS", 18 * 20)):
+        monkeypatch.setattr(served_model, name, most)
+        assert len(served[0].predict(None, forms)) == 2
+    for name, most in (("MAX_PIXELS", 18 * 20 - 1), ("MAX_BYTES", len(picture) - 1)):
+        monkeypatch.setattr(served_model, name, most)
+        for form in forms:
+            with pytest.raises(ValueError, match=f"{most:,}"):
+                served[0].predict(None, [form])
+    monkeypatch.undo()
+    monkeypatch.setattr(served_model, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="18 x 20 pixels, at most 100"):
+        served[0].predict(None, [{"image": picture[:60]}])  # only its header is there
+
+
+def test_what_is_taken_at_most_is_no_more_than_a_server_can_hold() -> None:
+    pixels = 3 * served_model.MAX_PIXELS
+    assert 3 * 8000 * 8000 <= pixels <= 2**28, "a camera's largest picture, in a quarter of a gigabyte"
+    assert 2**24 <= served_model.MAX_BYTES <= 2**26
+
+
 def test_the_file_imports_nothing_of_this_repository_and_only_what_is_pinned() -> None:
     tree = ast.parse(Path(served_model.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

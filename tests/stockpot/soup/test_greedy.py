@@ -237,6 +237,7 @@ def test_greedy_asks_for_exactly_what_keeps_a_candidate(seed: int, trials: int, 
     assert all(step.before and 0 <= need - step.before.correct <= 1 for step, need in zip(steps[1:], needs, strict=True))
 
 
+@settings(max_examples=40)
 @given(seed=st.integers(0, 100_000), size=st.integers(1, 9), loud=st.floats(0.1, 10))
 def test_the_likeliest_errors_of_the_soup_with_one_more_come_first(seed: int, size: int, loud: float) -> None:
     rng = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from stockpot.data.splits import point
 from stockpot.digests import canonical, file_digest
 from stockpot.errors import BadRequest, SweepMissing, TooFewIngredients
 from stockpot.evaluation import accuracy, logits, right
+from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client, fetch_file
 from stockpot.models.classifier import Classifier, build
@@ -38,7 +40,7 @@ from stockpot.soup.recipes.learned import mixture
 from stockpot.soup.recipes.weights import open_weights
 from stockpot.soup.soupability import gather
 from stockpot.soup.souping import _greedy, cook
-from stockpot.soup.statistics import calibration_error
+from stockpot.soup.statistics import calibration_error, temperature
 from tests import tiny_sweep as tiny_sweep_module
 from tests.tiny_sweep import Ground, finish_trial, finish_trials, tiny_sweep
 
@@ -250,6 +252,7 @@ def test_what_the_request_asks_to_compare_is_shown_and_never_ships(ground: Groun
     }
     for name, some in (("ensemble", [*singles]), ("greedy_ensemble", greedy_ensemble(singles, torch.as_tensor(held_out.labels)))):
         assert report.scores[name].held_out == accuracy(torch.stack([singles[trial] for trial in some]).mean(0), held_out.labels)
+    assert report.calibration["best_single"].temperature == pytest.approx(temperature(best["logits"], best["labels"]), rel=1e-3)
     assert report.unfitted["best_single"] == accuracy(best["logits"][rest_N], held_out.labels[rest_N.numpy()])
     assert set(report.unfitted) == {"best_single", "uniform", "greedy", "learned", "learned_by_layer"}
     assert {one.seen for one in report.unfitted.values()} == {int(rest_N.sum())} != {len(held_out.labels)}
@@ -308,6 +311,43 @@ def test_the_best_of_earlier_sweeps_join_and_the_record_says_where_they_are_from
     assert cook(sweep.id, say=quiet) == report
 
 
+def test_a_score_is_found_again_for_the_same_weights_samples_preparation_and_metric_alone(
+    ground: Ground, ledger: str, tmp_path: Path
+) -> None:
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=2)
+    pool, test = gather(finish_trials(ground, sweep, tmp_path), sweep.init, tmp_path / "pool"), sweep.data.test
+    assert test
+    one, two = pool.candidates
+    dimmer = pool.config.model_copy(update={"preprocess": pool.config.preprocess.model_copy(update={"mean": (0.4, 0.4, 0.4)})})
+    other_suite = sweep.data.model_copy(update={"shifts": {"noisy": test}})
+
+    def passes(trials: list[str], split: str = "held_out", metric: Metric = "accuracy", **changed: object) -> int:
+        """What a kitchen of its own looks at; `changed`: the sweep's data, or the pool's config."""
+        request = sweep.request.model_copy(update={"soup": SoupSpec(metric=metric)})
+        kitchen = Kitchen(
+            sweep.model_copy(update={"request": request, "data": changed.get("data", sweep.data)}),
+            replace(pool, config=changed.get("config", pool.config)),
+        )
+        dish, labels = kitchen.soup(trials), kitchen.splits[split].labels
+        found, looked = kitchen.accuracy(dish, split), kitchen.stoves[0].samples
+        assert found == accuracy(kitchen.logits(dish, split), labels, metric)
+        return looked
+
+    questions: list[tuple[tuple[object, ...], dict[str, object], int]] = [
+        (([one, two],), {}, 60),
+        (([two, one],), {}, 0),
+        (([one],), {}, 60),
+        (([one, two, two],), {}, 60),
+        (([one, two], "gate"), {}, 30),
+        (([one, two], "held_out", "macro_f1"), {}, 60),
+        (([one, two],), {"config": dimmer}, 60),
+        (([one, two], "shift/noisy"), {}, 30),
+        (([one, two], "shift/noisy"), {"data": other_suite}, 30),
+    ]
+    for asked, changed, looked in questions:
+        assert [passes(*asked, **changed) for _ in range(2)] == [looked, 0], asked  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_a_soup_that_was_interrupted_repeats_no_score(ground: Ground, ledger: str, tmp_path: Path) -> None:
     whole, cut = (
@@ -325,7 +365,7 @@ def test_a_soup_that_was_interrupted_repeats_no_score(ground: Ground, ledger: st
         cook(cut.id, say=stop)
     found = cook(cut.id, say=quiet)
     assert found.costs["greedy"].samples == 0 < cook(whole.id, say=quiet).costs["greedy"].samples
-    assert set(found.calibration) == {"best_single", "uniform", "greedy"}
+    assert set(found.calibration) == {"best_single", "uniform", "greedy", "pruned"}
     assert all(one.after >= 0 and one.temperature > 0 for one in found.calibration.values())
     assert "## Comparison" in tracking.read_text(found.mlflow_run_id, "card.md")
 
@@ -369,11 +409,15 @@ def test_two_devices_decide_as_one_and_no_image_is_decoded_twice(
     assert len(asked(accept="not_worse", passes=2, replacement=True)) == 4 + 4
 
     trials, lines = list(singles), [on_line(kitchen, sweep.init, list(singles), alpha) for alpha in ALPHAS]
+    other = sweep.init.model_copy(update={"digest": "another"})
     others = [
+        stock(kitchen, other),
+        on_line(kitchen, other, trials[:2], 0.2),
+        *[kitchen.learned(MixingSpec(epochs=1), by_layer=by_layer) for by_layer in (False, True)],
         kitchen.soup(trials[:2]),
         kitchen.soup([*trials, trials[0]]),
         stock(kitchen, sweep.init),
         on_line(kitchen, sweep.init, trials[:2], 0.2),
     ]
     assert lines[-1].identity == kitchen.soup(trials).identity
-    assert len({dish.identity for dish in [*lines, *others]}) == len(ALPHAS) + 4, "a score is kept under all that decides it"
+    assert len({dish.identity for dish in [*lines, *others]}) == len(ALPHAS) + 8, "a score is kept under all that decides it"

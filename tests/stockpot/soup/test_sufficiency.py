@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stockpot.config import StopSpec, Sweep
+from stockpot.checkpoints import load_weights
+from stockpot.config import SoupSpec, StopSpec, Sweep
 from stockpot.evaluation import accuracy
 from stockpot.fields import Metric
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.soup import sufficiency
 from stockpot.soup.recipes.ensemble import ensemble, greedy_ensemble
+from stockpot.soup.recipes.greedy import Accept
 from stockpot.soup.sufficiency import ensembles, judge
 from tests.tiny_sweep import Ground, finish_trials, tiny_sweep
 
@@ -34,21 +36,34 @@ def told(seed: int, trials: int, averages: int = 0) -> tuple[list[dict[str, Tens
     return made, labels
 
 
-def naive(trials: list[dict[str, Tensor]], labels: Tensor, metric: Metric) -> float:
+def naive(trials: list[dict[str, Tensor]], labels: Tensor, metric: Metric, accept: Accept = "improve") -> float:
     """What the greedy ensemble scores, by the comparison's own recipe in float64."""
     logits = {name: one for trial in trials for name, one in trial.items()}
-    return accuracy(ensemble(logits, greedy_ensemble(logits, labels, metric=metric)), labels, metric).value
+    return accuracy(ensemble(logits, greedy_ensemble(logits, labels, accept, metric)), labels, metric).value
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 10**6), trials=st.integers(1, 9), averages=st.integers(0, 2), metric=st.sampled_from(["accuracy", "macro_f1"]))
-def test_every_point_is_the_greedy_ensembles_mean_over_choices(seed: int, trials: int, averages: int, metric: Metric) -> None:
+@given(
+    seed=st.integers(0, 10**6), trials=st.integers(1, 9), averages=st.integers(0, 2), metric=st.sampled_from(["accuracy", "macro_f1"]),
+    accept=st.sampled_from(["improve", "not_worse"]),
+)  # fmt: skip
+def test_every_point_is_the_greedy_ensembles_mean_over_choices(
+    seed: int, trials: int, averages: int, metric: Metric, accept: Accept
+) -> None:
     made, labels = told(seed, trials, averages)
-    found = ensembles(made, labels, metric=metric)
+    found = ensembles(made, labels, accept, metric)
     assert [count for count, _ in found] == sufficiency.marginal.sizes(trials)
     for count, mean_score in found:
-        picked = [naive([made[place] for place in some], labels, metric) for some in sufficiency._choices(trials, count)]
+        picked = [naive([made[place] for place in some], labels, metric, accept) for some in sufficiency._choices(trials, count)]
         assert mean_score.value == pytest.approx(mean(picked))
+
+
+@given(trials=st.integers(2, 40), data=st.data())
+def test_choices_are_eight_of_so_many_trials_and_not_all_the_same(trials: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, trials - 1))
+    some = sufficiency._choices(trials, count)
+    assert [len({*one} & {*range(trials)}) for one in some] == [count] * 8
+    assert len({frozenset(one) for one in some}) > 1
 
 
 def test_the_same_model_again_and_again_is_worth_nothing_more() -> None:
@@ -57,19 +72,32 @@ def test_the_same_model_again_and_again_is_worth_nothing_more() -> None:
     assert len({score.value for _, score in ensembles(again, labels)}) == 1
 
 
-def test_a_sweep_is_judged_from_stored_logits_fetched_once(ground: Ground, ledger: str, tmp_path: Path) -> None:
+def test_a_sweep_is_judged_from_stored_logits_fetched_once(
+    ground: Ground, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = tiny_sweep(ground, f"sufficiency-{uuid4().hex[:8]}", trials=5)
     made = finish_trials(ground, sweep, tmp_path, noise=0.2, only=(0, 1, 3))
+    client().set_logged_model_tags(made[0].model_id, {"stockpot.ingredient": made[0].model_copy(update={"gpus": 4}).model_dump_json()})
     folder = tmp_path / "logits"
     assert judge(sweep, StopSpec(below=0.9, after=4), folder) is None, "one more trial must finish first"
     found = judge(sweep, StopSpec(below=0.9, after=2), folder)
     assert found is not None
     assert [point.trials for point in found.curve] == [1, 2, 3]
-    assert [point.accelerator_hours * 3600 for point in found.curve] == pytest.approx([1, 2, 3])
+    assert [point.accelerator_hours * 3600 for point in found.curve] == pytest.approx([2, 4, 6]), "one took four GPUs for its second"
     fetched = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert [path.name for path in fetched] == ["held_out.safetensors"] * 3, "no weights were fetched"
     assert judge(sweep, found.rule, folder) == found
     assert {path: path.stat().st_mtime_ns for path in fetched} == fetched, "nor anything twice"
+
+    stored = [load_weights(tmp_path / f"trial-{one.index}" / "held_out.safetensors") for one in made]
+    trials, labels = [{one.trial_id: logits["logits"]} for one, logits in zip(made, stored, strict=True)], stored[0]["labels"]
+    asked = []
+    monkeypatch.setattr(sufficiency, "ensembles", lambda *given: (asked.append(given[2:]), ensembles(*given))[1])
+    soup = SoupSpec(accept="not_worse", metric="mcc")
+    other = judge(sweep.model_copy(update={"request": sweep.request.model_copy(update={"soup": soup})}), found.rule, folder)
+    assert other is not None
+    assert asked == [("not_worse", "mcc")], "as the request's soup is chosen"
+    assert [(point.trials, point.held_out) for point in other.curve] == ensembles(trials, labels, "not_worse", "mcc")
 
     assert tracking.read_enough(sweep) is None
     tracking.record_enough(sweep.id, found)
