@@ -1,5 +1,6 @@
 """Promise: importing a flow or asking for help loads neither torch nor mlflow: it is what keeps a trial's start-up short."""
 
+import os
 import subprocess
 import sys
 
@@ -40,3 +41,19 @@ def test_help_loads_nothing_heavy_and_names_every_command():
         "prune",
     ):
         assert command in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["explain", "reproduce", "promote", "rollback", "prune"])
+def test_a_version_of_no_server_is_refused_before_torch_is_loaded(command, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "deployments.cli", command, "photos"],
+        check=False,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name not in {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"}},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert "MLFLOW_TRACKING_URI is not set" in ended.stderr
+    assert "| torch" not in ended.stderr

@@ -104,6 +104,7 @@ def test_a_request_becomes_a_champion_that_a_stranger_can_load(stack, request_fo
     ):
         assert key in shown
     assert shown[f"sweep-{sweep_id}-progress"]["data"] == 100
+    assert f"({tracking.report_page(report)})" in shown[f"soup-{sweep_id}-report"]["data"]
     head, *rows = table.filled(report, percent)
     assert json.loads(shown[f"soup-{sweep_id}-scores"]["data"]) == [dict(zip(head, row, strict=True)) for row in rows]
 
