@@ -40,6 +40,7 @@ from stockpot.evaluation import logits, normalise, right
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy, GreedyStep
+from stockpot.processes import end_with_parent
 from stockpot.settings import TrialSettings
 from stockpot.soup.recipes.averaging import average
 from stockpot.soup.recipes.examining import Verdict, block_size, doubtful_first, examine, floor
@@ -187,9 +188,14 @@ def _train(folder: Path, trials: int, sweep: dict[str, Any], init: Init, snapsho
     todo = [(path, settings) for path, settings in zip(paths, drawn, strict=True) if not path.exists()]
     if todo:
         context = get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_begin) as workers:
             list(workers.map(partial(_train_one, init, snapshot), todo))
     return paths
+
+
+def _begin() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
 
 
 def _train_one(init: Init, snapshot: PinnedSnapshot, todo: tuple[Path, TrialSettings]) -> None:

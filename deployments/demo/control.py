@@ -29,6 +29,7 @@ from stockpot.evaluation import accuracy, logits
 from stockpot.models.classifier import Classifier, ModelConfig, build
 from stockpot.models.loading import load_state
 from stockpot.outcomes import Accuracy
+from stockpot.processes import end_with_parent
 from stockpot.soup.recipes.examining import Verdict
 from stockpot.soup.recipes.greedy import greedy, members, ranked
 from stockpot.sweeps import draw
@@ -52,7 +53,8 @@ def main() -> None:
 
 
 def _be_modest() -> None:
-    """One thread a process, so that figures do not depend on the machine's cores, and behind whatever else runs."""
+    """One thread a process, so that figures do not depend on the machine's cores; behind whatever else runs, and gone with who asked."""
+    end_with_parent()
     torch.set_num_threads(1)
     os.nice(5)
 
