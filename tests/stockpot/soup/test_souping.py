@@ -278,6 +278,17 @@ def test_a_learned_mixture_ships_with_its_shares_and_can_be_made_again(ground: G
     assert save_weights(tmp_path / "again.safetensors", mixture(files, report.shares)) == report.soup_sha256
 
 
+def test_an_ingredient_that_is_in_twice_makes_another_soup(ground: Ground, ledger: str, tmp_path: Path) -> None:
+    sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=2)
+    made = finish_trials(ground, sweep, tmp_path, noise=0.3)
+    kitchen = Kitchen(sweep, gather(made, sweep.init, tmp_path / "pool"))
+    one, two = (trial.id for trial in sweep.trials)
+    once, twice = (kitchen.logits(kitchen.soup(trials), "held_out").clone() for trials in ([one, two], [one, two, two]))
+    assert not torch.equal(once, twice)
+    again = kitchen.logits(kitchen.soup([two, one]), "held_out")
+    assert torch.equal(once, again), "the order of its ingredients is no part of a soup"
+
+
 def test_learned_mixing_needs_samples_to_fit_on_and_samples_to_be_scored_on(ground: Ground, ledger: str, tmp_path: Path) -> None:
     sweep = tiny_sweep(ground, f"souping-{uuid4().hex[:8]}", trials=1)
     kitchen = Kitchen(sweep, gather(finish_trials(ground, sweep, tmp_path), sweep.init, tmp_path / "pool"))
