@@ -164,7 +164,7 @@ class _Ranks:
         if broke and not self._vanished:
             rank, why = broke[0]
             return RankLost(f"Rank {rank} of {self._world} broke ({why}); all ranks were ended, and the trial's log has the traceback.")
-        for rank in (*self._vanished, *codes):
+        for rank in (*sorted(self._vanished, key=lambda rank: rank not in codes), *codes):
             ended = f"ended with exit code {codes[rank]}" if rank in codes else "vanished"
             return RankLost(f"Rank {rank} of {self._world} {ended}; all ranks were ended.")
         return RankLost(f"The ranks could not be started: {error}")
