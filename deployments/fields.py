@@ -1,5 +1,6 @@
 """Every field of a request with what it means, what may stand there and its default, as YAML to fill in: made from the model itself."""
 
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -34,7 +35,8 @@ def _fields(model: type[BaseModel], place: tuple[str, ...]) -> Iterator[str]:
         inner, default = _noun(field.annotation), field.get_default(call_default_factory=True)
         below = [f"{name}:", *textwrap.indent("\n".join(_fields(inner, (*place, name))), "  ").splitlines()] if inner else []
         needed = "" if inner else f" ({'needed: ' if field.is_required() else ''}{_range((*place, name))})"
-        yield from textwrap.wrap(f"{field.description}{needed}", WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+        meaning = re.sub(r"\bNone\b", "null", field.description or "")  # as YAML has it
+        yield from textwrap.wrap(f"{meaning}{needed}", WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
         if inner and (field.is_required() or default is not None):
             yield from below
         elif field.is_required():

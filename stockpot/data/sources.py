@@ -16,7 +16,7 @@ from stockpot.data.examination import Problems
 from stockpot.data.publishing import Sample
 from stockpot.data.tars import IMAGES, TOKENS, read_shard
 from stockpot.digests import short
-from stockpot.errors import BadRequest, ObjectMissing, counted
+from stockpot.errors import BadRequest, ObjectMissing, StockpotError, counted
 from stockpot.storage import StoredObject
 
 READ_AHEAD = 16
@@ -80,10 +80,17 @@ class ClassFolders:
         rest = [item.uri for item in self._listed if item.uri not in taken]
         told = [f"left out as no samples in class folders: {counted(len(rest), 'file')}, such as {', '.join(rest[:3])}"] if rest else []
         names = f"{self.uri.rstrip('/')}/classes.txt"
-        if names in rest and not self.named and {*_lines(names, "replace")} & {*self.classes}:
+        if names in rest and not self.named and self._are_classes(names):
             order = "labels are in the order of the folders' names"
             told.append(f"{names} names classes and was not read: {order}, or with --classes {names} in its own")
         return told
+
+    def _are_classes(self, uri: str) -> bool:
+        """Whether lines of a file are names of classes here; a file that cannot be read is none of ours, and publishing is over."""
+        try:
+            return bool({*_lines(uri, "replace")} & {*self.classes})
+        except (StockpotError, OSError):
+            return False
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

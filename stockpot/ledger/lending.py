@@ -33,7 +33,7 @@ def find_loans(soup: SoupSpec, init: Init, unread: Unread) -> dict[str, list[Loa
 
     unread: told of each sweep with a record that cannot be read; none of it is lent.
     """
-    return {model: _offers(model, init.body, unread)[:most] for model, most in sorted(soup.bodies_of.items())}
+    return {model: offers(model, init.body, unread)[:most] for model, most in sorted(soup.bodies_of.items())}
 
 
 def find_borrowers(model: str, unread: Unread) -> list[Sweep]:
@@ -45,11 +45,12 @@ def find_borrowers(model: str, unread: Unread) -> list[Sweep]:
     return [sweep for _, sweep in readable(runs, lambda run: tracking.sweep_on(run.info.run_id), unread)]
 
 
-def _offers(model: str, body: str, unread: Unread) -> list[Loan]:
+def offers(model: str, body: str, unread: Unread) -> list[Loan]:
+    """Every ingredient of a model, the best on their own held_out first, those with this body before them."""
     lent = readable(tracking.list_sweeps(model), _lent_by, unread)
-    offers = {loan.ingredient.trial_id: loan for _, loans in lent for loan in loans}
+    found = {loan.ingredient.trial_id: loan for _, loans in lent for loan in loans}
     return sorted(
-        offers.values(), key=lambda loan: (loan.sweep.init.body != body, -loan.ingredient.held_out.value, loan.ingredient.trial_id)
+        found.values(), key=lambda loan: (loan.sweep.init.body != body, -loan.ingredient.held_out.value, loan.ingredient.trial_id)
     )
 
 

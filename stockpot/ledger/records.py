@@ -5,13 +5,15 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from stockpot.errors import RecordUnreadable, counted
+from stockpot.errors import RecordUnreadable, RegistryError, StockpotError, counted
 from stockpot.fields import Closed
 
 Kind = TypeVar("Kind", bound=Closed)
 Given = TypeVar("Given")
 Result = TypeVar("Result")
-Unread = Callable[[RecordUnreadable], None]
+UNREADABLE = (RecordUnreadable, RegistryError)
+"""What a record raises that is damaged, another version's, or not there, as that of a sweep whose parent died while it opened it."""
+Unread = Callable[[StockpotError], None]
 """Told of a record that cannot be read, and is passed over unless this raises."""
 
 
@@ -28,7 +30,7 @@ def parsed(kind: type[Kind], text: str | bytes, what: str) -> Kind:
         ) from error
 
 
-def insist(error: RecordUnreadable) -> None:
+def insist(error: StockpotError) -> None:
     """Pass over nothing."""
     raise error
 
@@ -38,10 +40,10 @@ def readable(given: Iterable[Given], read: Callable[[Given], Result], unread: Un
     for one in given:
         try:
             yield one, read(one)
-        except RecordUnreadable as error:
+        except UNREADABLE as error:
             unread(error)
 
 
-def listed(unread: Sequence[RecordUnreadable]) -> str:
+def listed(unread: Sequence[StockpotError]) -> str:
     """How many records cannot be read, and the first of them, as it says itself."""
     return f"{counted(len(unread), 'record')} that cannot be read. First: {unread[0]}"

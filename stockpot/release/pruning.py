@@ -14,11 +14,11 @@ from functools import partial
 from typing import NamedTuple
 
 from stockpot.config import Sweep
-from stockpot.errors import RecordUnreadable, SweepMissing
+from stockpot.errors import StockpotError, SweepMissing
 from stockpot.fields import Closed
 from stockpot.ledger import registry, stored, tracking
 from stockpot.ledger.lending import find_borrowers, find_loans
-from stockpot.ledger.records import Unread, listed, readable
+from stockpot.ledger.records import UNREADABLE, listed, readable
 from stockpot.ledger.stored import Kind, Stored
 from stockpot.outcomes import Accuracy, SweepSummary
 
@@ -37,13 +37,13 @@ class Removable(Closed):
 class Doubt(NamedTuple):
     """A record that cannot be read, so nobody knows what it needs."""
 
-    error: RecordUnreadable
+    error: StockpotError
     init: str
     """Of the sweep it is of, from which all that it may need started; empty for any."""
 
     def covers(self, one: Stored) -> bool:
         """Whether it may need this."""
-        return not (self.init and one.init) or self.init == one.init
+        return "" in (self.init, one.init) or self.init == one.init
 
 
 class Plan(Closed):
@@ -104,17 +104,20 @@ def _needed(model: str, keep_top: int) -> tuple[set[str], set[str], list[Doubt]]
     if not sweeps:
         raise SweepMissing(f"The ledger has no sweep of {model}, so nothing of it is stored; `stockpot status` lists the sweeps it has.")
     for summary in sweeps:
-        for _, (needed, soup) in readable([summary], partial(_needed_by, keep_top=keep_top), _doubting(doubts, summary.init)):
+        try:
+            needed, soup = _needed_by(summary, keep_top)
+        except UNREADABLE as error:
+            doubts.append(Doubt(error, summary.init))
+        else:
             trials |= needed
             soups |= soup
-    unread = _doubting(doubts, "")  # of a sweep of another model, which may borrow of any init
+
+    def unread(error: StockpotError) -> None:
+        doubts.append(Doubt(error, ""))  # of a sweep of another model, which may borrow of any init
+
     for _, lent in readable(find_borrowers(model, unread), partial(_lendable, model), unread):
         trials |= lent
     return trials, soups, doubts
-
-
-def _doubting(doubts: list[Doubt], init: str) -> Unread:
-    return lambda error: doubts.append(Doubt(error, init))
 
 
 def _needed_by(summary: SweepSummary, keep_top: int) -> tuple[set[str], set[str]]:

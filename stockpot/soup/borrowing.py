@@ -13,10 +13,10 @@ from stockpot.checkpoints import load_weights
 from stockpot.config import Init, SoupSpec, Sweep
 from stockpot.data.shards import transform_digest
 from stockpot.data.snapshots import open_snapshot, shared_samples
-from stockpot.errors import BadRequest, DataError, IngredientMismatch, ModelError, RecordUnreadable
+from stockpot.errors import BadRequest, DataError, IngredientMismatch, ModelError, StockpotError
 from stockpot.evaluation import accuracy
 from stockpot.ledger import tracking
-from stockpot.ledger.lending import Loan, find_loans
+from stockpot.ledger.lending import Loan, find_loans, offers
 from stockpot.ledger.records import Unread, insist, listed
 from stockpot.models.bodies import under_another_head
 from stockpot.models.classifier import ModelConfig
@@ -31,8 +31,9 @@ from stockpot.soup.soupability import Candidate, Pool, open_init, open_model
 
 def require_lenders(soup: SoupSpec, init: Init) -> None:
     """Raises `BadRequest` for a model to borrow bodies of that has no finished trial, or none that fits."""
-    unread: list[RecordUnreadable] = []
-    for model, loans in find_loans(soup, init, unread.append).items():
+    for model, most in sorted(soup.bodies_of.items()):
+        unread: list[StockpotError] = []
+        loans = offers(model, init.body, unread.append)[:most]
         if not loans:
             known = sorted({one.model for one in tracking.list_sweeps() if one.finished})
             passed = f" Passed over: {listed(unread)}" if unread else ""
@@ -47,7 +48,7 @@ def with_loans(pool: Pool, kitchen: Kitchen, sweep: Sweep, folder: Path, unread:
 
     folder: where their files are put. unread: told of each sweep of theirs whose records cannot be read.
     """
-    loans = [(model, loan) for model, offers in find_loans(sweep.request.soup, sweep.init, unread).items() for loan in offers]
+    loans = [(model, loan) for model, lent in find_loans(sweep.request.soup, sweep.init, unread).items() for loan in lent]
     with ExitStack() as opened:
         for model, loan in loans:
             name = loan.ingredient.trial_id

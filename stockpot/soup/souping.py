@@ -19,7 +19,7 @@ from stockpot.checkpoints import save_weights
 from stockpot.config import Sweep
 from stockpot.data.node_cache import cache_root, locked
 from stockpot.digests import canonical
-from stockpot.errors import RecordUnreadable
+from stockpot.errors import StockpotError
 from stockpot.evaluation import right
 from stockpot.ledger import registry, tracking
 from stockpot.ledger.records import listed
@@ -65,7 +65,7 @@ def cook(sweep_id: str, *, flow_run_id: str | None = None, flow_run_page: str | 
 def _gathered(sweep: Sweep, ingredients: list[Ingredient], folder: Path, say: Say) -> SoupReport:
     """Everything that may join is fetched and examined, then cooked."""
     began = time.monotonic()
-    unread: list[RecordUnreadable] = []
+    unread: list[StockpotError] = []
     earlier = tracking.find_earlier(sweep, sweep.request.soup.earlier, unread.append)
     origins = {one.trial_id: origin for one, origin in earlier}
     everything, minimum = [*ingredients, *[one for one, _ in earlier]], sweep.request.soup.minimum

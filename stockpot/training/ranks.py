@@ -3,8 +3,8 @@
 The ranks run under torchrun: its agent, here a thread of the trial's own process, starts them, gives them their numbers and ends all as
 soon as one has failed. The trial itself computes nothing meanwhile. It holds the ledger and the signals and hears from its ranks through
 pipes; rank 0 logs, evaluates and writes the training states. All ranks stop together: told to leave, rank 0 saves a state after its step
-and the others, which cannot go on without it, are ended; a rank that fails or vanishes ends all, with its reason; and no rank outlives the
-trial. Ranks meet over a file and talk over the loopback device (gloo) or between their GPUs (NCCL).
+and the others, which cannot go on without it, are ended; a rank that fails or vanishes ends all, with its reason; and no rank that can
+run outlives the trial. Ranks meet over a file and talk over the loopback device (gloo) or between their GPUs (NCCL).
 """
 
 import os
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -36,6 +36,8 @@ PATIENCE = timedelta(hours=4)
 """How long ranks wait for rank 0 while it evaluates. One that died is seen by its process, long before."""
 
 LOOK_EVERY_S = 0.2
+EXIT_S = 30.0
+"""How long ranks that are done may take to end their processes, which torch's own threads and CUDA may hang in."""
 REASON_S = 1.0
 """How long the trial listens on after the first sign of trouble: the rank that broke first may not be the one that is heard first."""
 
@@ -52,7 +54,7 @@ class Word(NamedTuple):
     """What a rank says to the trial: metrics and lines while it works, one last word at its end."""
 
     kind: str
-    """`metrics`, `line`, or the last: `done`, `left` or `failed`."""
+    """`metrics`, `line`, or the last: `done` (about the step of every candidate), `left` or `failed`."""
     about: object = None
     step: int = 0
 
@@ -88,16 +90,19 @@ def run_on_ranks(
                         one.close()  # the ranks have their own now, and are to be seen vanishing
                 ranks.listen(LOOK_EVERY_S)
             ranks.listen(0)
+            if ranks.steps is not None:
+                with suppress(TimeoutError):
+                    running.exception(EXIT_S)
         finally:
             held.close()  # ends every rank that can still see it
             agent.end()
-    if error := running.exception():
-        reason = ranks.reason(error, error.codes if isinstance(error, RanksFailed) else {})
-        if isinstance(reason, RankLost) and told_to_leave():
-            raise Preempted from reason  # the whole group was told, and one that had only begun was ended by it
-        raise reason
-    steps: dict[float, int] = running.result()[0]
-    return {decay: Candidate(load_weights(folder / f"{decay!r}.safetensors"), step) for decay, step in steps.items()}
+    if ranks.steps is not None:  # however their processes ended after it
+        return {decay: Candidate(load_weights(folder / f"{decay!r}.safetensors"), step) for decay, step in ranks.steps.items()}
+    error = running.exception()
+    reason = ranks.reason(error, error.codes if isinstance(error, RanksFailed) else {})
+    if isinstance(reason, RankLost) and told_to_leave():
+        raise Preempted from reason  # the whole group was told, and one that had only begun was ended by it
+    raise reason
 
 
 class _Ranks:
@@ -144,13 +149,22 @@ class _Ranks:
             case _:
                 self._last[rank] = word
 
+    @property
+    def steps(self) -> dict[float, int] | None:
+        """The step of every candidate that rank 0 made, once all ranks are done."""
+        done = [word for word in self._last.values() if word.kind == "done"]
+        return self._last[0].about if len(done) == self._world else None  # type: ignore[return-value]
+
     def decided(self) -> bool:
-        """Whether those that are left can be ended: one left with its state saved or stated why it failed, or all had time to say more."""
+        """Whether those that are left can be ended: all are done, one left with its state saved or stated why it failed, or all had time
+        to say more."""
+        if self.steps is not None:
+            return True
         if any(word.kind == "left" or isinstance(word.about, StockpotError) for word in self._last.values()):
             return True
         return self._trouble_since is not None and time.monotonic() > self._trouble_since + REASON_S
 
-    def reason(self, error: BaseException, codes: dict[int, int]) -> BaseException:
+    def reason(self, error: BaseException | None, codes: dict[int, int]) -> BaseException:
         """Of all that went wrong at once, what was first: a stated failure, else a rank that vanished, else one that broke.
 
         error: what torchrun's agent says of it. codes: the exit codes it saw first.
@@ -170,8 +184,8 @@ class _Ranks:
         return RankLost(f"The ranks could not be started: {error}")
 
 
-def _run(work: Work, folder: Path, leave: Event, lifeline: Connection, pipes: list[Connection]) -> dict[float, int]:
-    """A rank's process, from its birth to its last word. Returns the step of every candidate that rank 0 made."""
+def _run(work: Work, folder: Path, leave: Event, lifeline: Connection, pipes: list[Connection]) -> None:
+    """A rank's process, from its birth to its last word."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a signal to the whole group is for the trial to answer
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
@@ -193,8 +207,8 @@ def _run(work: Work, folder: Path, leave: Event, lifeline: Connection, pipes: li
             made = work(place, leave.is_set, log if first else lambda _metrics, _step: None, say if first else lambda _line: None)
             for decay, candidate in made.items() if first else ():
                 save_weights(folder / f"{decay!r}.safetensors", candidate.weights)
-        words.send(Word("done"))
-        return {decay: candidate.step for decay, candidate in made.items()}
+        words.send(Word("done", {decay: candidate.step for decay, candidate in made.items()}))
+        return
     except Preempted:
         last = Word("left")
     except StockpotError as error:

@@ -10,8 +10,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 if os.environ.get("LOGLEVEL") not in logging.getLevelNamesMapping():  # such as `info`, which others know; the ranks inherit it
     os.environ.pop("LOGLEVEL", None)
@@ -52,8 +54,8 @@ class Agent:
         )
         self._agent = LocalElasticAgent(spec, DefaultLogsSpecs(os.devnull))
 
-    def run(self) -> dict[int, Any]:
-        """What the ranks returned, by rank, once all have. Raises `RanksFailed`. For a thread that has nothing else to do."""
+    def run(self) -> None:
+        """Start the ranks, and wait until all have returned. Raises `RanksFailed`. For a thread that has nothing else to do."""
         with _silent():
             try:
                 result = self._agent.run()
@@ -61,15 +63,19 @@ class Agent:
                 raise RanksFailed({}) from None
         if result.is_failed():
             raise RanksFailed({rank: failure.exitcode for rank, failure in result.failures.items()})
-        return dict(result.return_values)
 
     def started(self) -> bool:
         """Whether every rank has its process, and in it what it was given."""
         return self._agent.get_worker_group().state is not WorkerState.INIT
 
     def end(self) -> None:
-        """Have `run` kill the ranks that are left, whatever they are at, or start none."""
+        """Kill the ranks that are left, whatever they are at, or have `run` start none."""
         self._over.set()
+        for worker in self._agent.get_worker_group().workers:
+            with suppress(psutil.Error, TypeError):  # it has ended, or has no process yet
+                process = psutil.Process(worker.id)
+                if process.ppid() == os.getpid():
+                    process.kill()
 
 
 class _Alone(RendezvousHandler):

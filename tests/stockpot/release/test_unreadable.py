@@ -5,6 +5,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from stockpot.config import SoupSpec, Sweep
 from stockpot.errors import BadRequest, RecordUnreadable
@@ -37,6 +38,11 @@ def damage_sweep(sweep: Sweep) -> str:
     return f"First: `sweep.json` of MLflow run {run} is not as this Stockpot writes it"
 
 
+def lose_sweep(sweep: Sweep) -> None:
+    """As when a parent died while it opened it."""
+    get_artifact_repository(tracking.sweep_run(sweep.id).info.artifact_uri).delete_artifacts("sweep.json")
+
+
 def doomed(model: str) -> tuple[list[str], str]:
     plan = plan_removal(model, keep_top=0, min_age_h=0)
     return [one.about for one in plan.removable], plan.unread
@@ -67,9 +73,14 @@ def test_prune_keeps_what_a_record_that_cannot_be_read_may_need(ground: Ground, 
     kept, why = doomed(model)
     assert (kept, why.startswith(told)) == ([stray.trial_id], True), "which started from another init"
 
+    lose_sweep(unreadable)
+    kept, why = doomed(model)
+    assert (kept, "no `sweep.json` any more" in why) == ([stray.trial_id], True)
+
     borrower = tiny_sweep(ground, f"{model}-borrower", 1)
     damage_sweep(borrower)
     client().set_tag(tracking.sweep_run(borrower.id).info.run_id, f"stockpot.lender.{model}", "1")
+    lose_sweep(borrower)
     kept, why = doomed(model)
     assert (kept, why.startswith("2 records that cannot be read. First: ")) == ([], True), "a body may be borrowed whatever its init"
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from stockpot.errors import NonFinite, RankLost
 from stockpot.ledger import tracking
 from stockpot.ledger.connection import client
 from stockpot.settings import TrialSettings
+from stockpot.training import ranks
+from stockpot.training.candidates import Candidate
 from stockpot.training.preemption import Preempted
 from stockpot.training.ranks import Place, run_on_ranks
 from stockpot.training.trials import run_trial
@@ -181,6 +184,24 @@ def test_a_trial_that_ends_while_its_ranks_begin_waits_for_none(begun, tmp_path)
         run_on_ranks(2, partial(fail, "none"), tmp_path, told_to_leave=told_to_leave, log=lambda _metrics, _step: None, say=quiet)
     assert not started()
     assert not [*tmp_path.iterdir()]  # they had not met
+
+
+def made_before(how: str, place: Place, told_to_leave, log, say):
+    """Work that is done, in a process that then does not end, or ends badly."""
+    if place.rank == 1:
+        after = partial(time.sleep, 600) if how == "stays" else partial(os._exit, 139)
+        threading.Timer(2, after).start()  # a thread that Python waits for at the end
+    return {0.0: Candidate({"weight": torch.ones(2)}, 7)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stays", "crashes"])
+def test_a_training_that_is_done_counts_however_a_rank_ends_after_it(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "EXIT_S", 6.0)
+    made = run_on_ranks(2, partial(made_before, how), tmp_path, told_to_leave=lambda: False, log=lambda _metrics, _step: None, say=quiet)
+    assert made[0.0].step == 7
+    assert torch.equal(made[0.0].weights["weight"], torch.ones(2))
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 class Unwelcome:
